@@ -1,0 +1,61 @@
+# make pretrain and make test work on a fresh clone with nothing but Python 3.11 or newer; all else is for developers.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DATA := corpora/simulated.fasta.gz
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain test test-all check format golden compat bounds wheel clean gpu
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(READY) ## make the environment in .venv
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hf_plm needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Making the environment in $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(DATA): $(READY)
+	@mkdir -p $(@D)
+	@$(BIN)/hf-plm simulate $@
+
+pretrain: $(DATA) ## pretrain a small model on simulated proteins: runs/demo/hub
+	@HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet launch/pretrain.py \
+		launch/recipes/demo.yaml --data.train $(DATA) --data.cache corpora --run.folder runs/demo
+
+test: $(READY) ## run the tests (a few minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY) ## run every test that needs no GPU
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+gpu: $(READY) ## on a machine with a GPU: the tests marked gpu
+	@$(BIN)/python -m pytest -m gpu
+
+check: $(READY) ## format, lint, types, imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY) ## format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+compat: $(READY) ## open an export in transformers 4.57
+	@bash tests/support/compat.sh $(BIN)/python
+
+bounds: ## run the tests on the oldest versions that pyproject.toml allows
+	@bash tests/support/bounds.sh $(PYTHON)
+
+wheel: $(READY) ## build the wheel
+	@$(BIN)/python -m build --wheel --outdir dist .
+
+clean: ## remove what make made; runs and corpora stay
+	@rm -rf $(VENV) build dist *.egg-info

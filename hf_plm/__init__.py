@@ -1,0 +1,47 @@
+"""hf_plm: from a FASTA file to a protein language model on the Hugging Face Hub.
+
+The names below are imported when they are first used, so that `hf-plm --help` does not wait for torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from hf_plm.version import __version__
+
+if TYPE_CHECKING:
+    from hf_plm.config import Recipe, UserError, load_recipe
+    from hf_plm.models.presets import build_model, esm_config
+    from hf_plm.proteins.tokenizer import ProteinTokenizer
+    from hf_plm.training.pretrain import Result, pretrain
+
+_HOMES = {
+    "ProteinTokenizer": "hf_plm.proteins.tokenizer",
+    "Recipe": "hf_plm.config",
+    "Result": "hf_plm.training.pretrain",
+    "UserError": "hf_plm.config",
+    "build_model": "hf_plm.models.presets",
+    "esm_config": "hf_plm.models.presets",
+    "load_recipe": "hf_plm.config",
+    "pretrain": "hf_plm.training.pretrain",
+}
+
+__all__ = [
+    "ProteinTokenizer",
+    "Recipe",
+    "Result",
+    "UserError",
+    "__version__",
+    "build_model",
+    "esm_config",
+    "load_recipe",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_plm' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

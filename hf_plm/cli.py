@@ -1,0 +1,196 @@
+"""The program `hf-plm`: one subcommand for each thing a person does.
+
+Everything heavy is imported inside the subcommand that needs it, so that help and mistakes in flags answer at once.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_plm.config import KNOBS, UserError, load_recipe, recipe_names
+from hf_plm.version import __version__
+
+EPILOG = "Documentation: README.md and docs/. Mistakes are told in one sentence; --help works after each subcommand."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand; exits 0, 1 after the user's mistake, or 128 + signal when stopped by one."""
+    parser = _parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsed, rest = parser.parse_known_args(given)
+    if rest and parsed.command != "pretrain":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if parsed.command is None:
+        parser.print_help()
+        return
+    try:
+        parsed.run(parsed, rest)
+    except UserError as error:
+        print(f"hf-plm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-plm",
+        description="From a FASTA file to a protein language model on the Hugging Face Hub.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-plm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a model, or go on with a run",
+        description="Run a recipe, or go on with the run in its folder. Any knob below overrides the recipe.",
+        usage="hf-plm pretrain RECIPE --data.train FILE [FILE ...] --run.folder FOLDER [--section.knob VALUE ...]",
+        epilog=_knob_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    pretrain.add_argument("recipe", help=f"a YAML file, or one of {', '.join(recipe_names())}")
+    pretrain.set_defaults(run=_pretrain)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="make a corpus of FASTA files, Parquet or a dataset",
+        description="Clean sequences, say what was dropped and why, hold some out; write a Hub-ready dataset.",
+    )
+    prepare.add_argument("sources", nargs="+", help=KNOBS["data.train"].meaning)
+    prepare.add_argument("--out", required=True, type=Path, help="folder to write")
+    prepare.add_argument("--validation", nargs="+", default=[], help=KNOBS["data.validation"].meaning)
+    prepare.add_argument("--test", nargs="+", default=[], help="sequences of the test split")
+    for name, choices in (
+        ("illegal", ("reject", "x")),
+        ("gaps", ("reject", "strip")),
+        ("duplicates", ("drop", "keep")),
+    ):
+        item = KNOBS[f"data.{name}"]
+        prepare.add_argument(f"--{name}", f"--data.{name}", choices=choices, default=item.default, help=item.meaning)
+    item = KNOBS["data.max_rejected"]
+    prepare.add_argument("--max-rejected", f"--{item.name}", type=float, default=item.default, help=item.meaning)
+    item = KNOBS["data.sequence_column"]
+    prepare.add_argument("--sequence-column", f"--{item.name}", help=item.meaning)
+    prepare.set_defaults(run=_prepare)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show a corpus, a run, or what a step of a run held",
+        description="Show a prepared corpus, or a run and, with --step, the windows that a step of it held.",
+    )
+    inspect.add_argument("folder", type=Path, help="a prepared corpus or a run")
+    inspect.add_argument("--step", type=int, help="0-based step of the run")
+    inspect.set_defaults(run=_inspect)
+
+    simulate = commands.add_parser(
+        "simulate",
+        help="write a FASTA of simulated protein families to try with",
+        description="Evolve random ancestors along random trees; nothing in the file is a real protein.",
+    )
+    simulate.add_argument("out", type=Path, help="FASTA file to write, .gz if its name ends so")
+    simulate.add_argument("--families", type=int, default=40, help="number of families (40)")
+    simulate.add_argument("--members", type=int, default=125, help="members of each family (125)")
+    simulate.add_argument("--seed", type=int, default=0, help="another seed, other families (0)")
+    simulate.set_defaults(run=_simulate)
+    return parser
+
+
+def _knob_table() -> str:
+    lines = ["knobs (default):"]
+    section = ""
+    for item in KNOBS.values():
+        if item.name.split(".")[0] != section:
+            section = item.name.split(".")[0]
+            lines.append("")
+        default = "auto" if item.default is None else "none" if item.default == () else item.default
+        default = " ".join(default) if isinstance(default, tuple) else default
+        lines.append(f"  --{item.name} ({default})\n        {item.meaning}")
+    return "\n".join(lines)
+
+
+def parse_knobs(words: Sequence[str]) -> dict[str, str | list[str]]:
+    """`--section.knob value`, `--section.knob=value`, several values for a list, or none for a switch."""
+    knobs: dict[str, str | list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, _, value = word[2:].partition("=")
+            if name in knobs:
+                raise UserError(f"--{name} is given twice; give it once.")
+            knobs[name] = [value] if "=" in word else []
+        elif not name:
+            raise UserError(f"{word!r} is not a flag; knobs are given as --section.knob value.")
+        else:
+            values = knobs[name]
+            assert isinstance(values, list)
+            values.append(word)
+    return {name: _one_or_many(name, values) for name, values in knobs.items() if isinstance(values, list)}
+
+
+def _one_or_many(name: str, values: list[str]) -> str | list[str]:
+    if name in KNOBS and KNOBS[name].type is bool and not values:
+        return "true"
+    if name in KNOBS and KNOBS[name].type == tuple[str, ...]:
+        if not values:
+            raise UserError(f"--{name} needs a value.")
+        return values[0] if values == ["none"] else values
+    if name in KNOBS and len(values) != 1:
+        raise UserError(f"--{name} takes one value, not {len(values)}.")
+    return values[0] if values else ""
+
+
+def _pretrain(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    recipe = load_recipe(parsed.recipe, parse_knobs(rest))
+    _ = recipe.run_folder  # refused before anything heavy is imported
+
+    from hf_plm.training.pretrain import pretrain
+    from hf_plm.training.trainer import StoppedError
+
+    try:
+        pretrain(recipe)
+    except StoppedError as stop:
+        print(stop, flush=True)
+        sys.exit(128 + getattr(signal.Signals, stop.signal_name, signal.SIGTERM))
+
+
+def _prepare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from hf_plm.data.prepare import prepare, report
+
+    manifest = prepare(
+        parsed.sources,
+        parsed.out,
+        validation=parsed.validation,
+        test=parsed.test,
+        illegal=parsed.illegal,
+        gaps=parsed.gaps,
+        duplicates=parsed.duplicates,
+        max_rejected=parsed.max_rejected,
+        sequence_column=parsed.sequence_column,
+    )
+    print(report(manifest))
+    print(f"\nThe corpus is in {parsed.out}; train on it with --data.train {parsed.out}")
+
+
+def _inspect(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from hf_plm.training.inspection import inspect_folder
+
+    print(inspect_folder(parsed.folder, parsed.step))
+
+
+def _simulate(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from hf_plm.data.simulate import write_simulated_fasta
+
+    count = write_simulated_fasta(parsed.out, parsed.families, parsed.members, parsed.seed)
+    print(f"{parsed.out}: {count:,} simulated proteins in {parsed.families:,} families (seed {parsed.seed})")
+
+
+if __name__ == "__main__":
+    main()

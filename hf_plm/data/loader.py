@@ -1,0 +1,133 @@
+"""Steps of a run, one after another, for one process of many.
+
+Worker processes only read ahead: what a step holds is a function of (corpus, knobs, step), so any number of workers and
+processes yields the same steps, and resuming is starting at another step and cursor. Worker w of W builds the steps
+w, w + W, ... and plans the ones between from lengths alone, which costs about a microsecond per sequence.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from hf_plm.config import Mask
+from hf_plm.data.corpus import Corpus
+from hf_plm.data.crop import NUM_SPECIALS, crop_windows
+from hf_plm.data.mask import mask_tokens, validation_bits
+from hf_plm.data.order import VALIDATION_CROP, Cursor, mix
+from hf_plm.data.pack import (
+    MicroBatch,
+    Packing,
+    Windows,
+    best_fit,
+    build_micro_batch,
+    empty_micro_batch,
+    plan_step,
+    read_tokens,
+    to_micro_batch,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step as one process sees it; `num_tokens` and `num_slots` count all processes."""
+
+    step: int
+    cursor: Cursor
+    next_cursor: Cursor
+    num_tokens: int
+    num_slots: int
+    micro_batches: list[MicroBatch]
+
+    def pin_memory(self) -> "Step":
+        return replace(self, micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches])
+
+
+class Steps(IterableDataset[Step]):
+    """The steps of a run from `step` on, without end; process r of W takes micro-batches r, r + W, ..."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        packing: Packing,
+        mask: Mask,
+        step: int,
+        cursor: Cursor,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.corpus, self.packing, self.mask = corpus, packing, mask
+        self.step, self.cursor = step, cursor
+        self.rank, self.world_size = rank, world_size
+
+    @property
+    def epoch_tokens(self) -> int:
+        return count_tokens(self.corpus, self.packing.crop)
+
+    def __iter__(self) -> Iterator[Step]:
+        worker = get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        step, cursor = self.step, self.cursor
+        while True:
+            plan = plan_step(self.corpus.lengths, self.packing, step, cursor)
+            if (step - self.step) % num_workers == worker_id:
+                mine = range(self.rank, self.packing.micro_batches, self.world_size)
+                batches = [build_micro_batch(self.corpus, plan, m, self.packing.seed, self.mask) for m in mine]
+                while len(batches) * self.world_size < self.packing.micro_batches:
+                    batches.append(empty_micro_batch())
+                num_slots = self.packing.micro_batches * self.packing.tokens
+                yield Step(step, cursor, plan.next_cursor, plan.num_tokens, num_slots, batches)
+            step, cursor = step + 1, plan.next_cursor
+
+
+def count_tokens(corpus: Corpus, crop: int) -> int:
+    """Tokens of one epoch: of one window of each sequence."""
+    return int(np.minimum(corpus.lengths.astype(np.int64) + NUM_SPECIALS, crop).sum())
+
+
+def load_steps(steps: Steps, num_workers: int, pin_memory: bool) -> Iterator[Step]:
+    loader: DataLoader[Step] = DataLoader(steps, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+    return iter(loader)
+
+
+def validation_windows(corpus: Corpus, crop: int, num_sequences: int, seed: int) -> tuple[Windows, np.ndarray]:
+    """Windows of the held-out sequences, and a key, uint64 (B,), of each that depends on its residues alone.
+
+    With `num_sequences` > 0 only as many are taken, those of the smallest keys: the same ones in any order.
+    """
+    keys = sequence_keys(corpus)
+    chosen = np.argsort(keys, kind="stable")[: num_sequences or None]
+    keys = keys[chosen]
+    starts, num_tokens = crop_windows(corpus.lengths[chosen], crop, seed, VALIDATION_CROP, 0, keys)
+    return Windows(chosen, starts, num_tokens), keys
+
+
+def sequence_keys(corpus: Corpus) -> np.ndarray:
+    """uint64 (N,): a hash of each sequence's residues."""
+    keys = np.empty(len(corpus.lengths), dtype=np.uint64)
+    for begin in range(0, len(keys), 256):
+        indices = np.arange(begin, min(begin + 256, len(keys)))
+        residues_R, offsets = corpus.read(indices)
+        position_R = np.arange(len(residues_R)) - np.repeat(offsets[:-1], np.diff(offsets))
+        # A sum of position-wise mixes is a hash that needs no loop over residues.
+        mixed_R = np.concatenate([mix(residues_R, position_R), np.zeros(1, dtype=np.uint64)])
+        keys[indices] = mix(np.add.reduceat(mixed_R, offsets[:-1]))
+    return keys
+
+
+def validation_micro_batches(
+    corpus: Corpus, windows: Windows, keys: np.ndarray, tokens: int, seed: int, mask: Mask
+) -> Iterator[tuple[MicroBatch, np.ndarray]]:
+    """All windows, packed, corrupted the same way every time; with each micro-batch, the window of each sequence."""
+    # Longest first packs best, and the order does not matter here.
+    remaining = np.argsort(-windows.num_tokens, kind="stable")
+    while len(remaining):
+        (bin_,) = best_fit(iter(windows.num_tokens[remaining].tolist()), tokens, 1)
+        chosen, remaining = remaining[bin_], remaining[len(bin_) :]
+        packed = windows[chosen]
+        ids_T, cu_seqlens = read_tokens(corpus, packed)
+        key_T = np.repeat(keys[chosen], packed.num_tokens)
+        position_T = np.arange(len(ids_T)) + np.repeat(packed.starts - cu_seqlens[:-1], packed.num_tokens)
+        bits = validation_bits(seed, key_T, position_T)
+        yield to_micro_batch(*mask_tokens(ids_T, bits, mask), cu_seqlens), chosen

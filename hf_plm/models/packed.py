@@ -1,0 +1,97 @@
+"""The packed forward of a stock `EsmForMaskedLM`: sequences end to end, each as if it were alone.
+
+Stock ESM cannot pack: its rows attend across sequences and its token-dropout gain is one per row. Here the embeddings
+are computed outside (the gain is one per sequence), the rotary positions restart, and attention gets the boundaries.
+To rounding, each sequence has the hidden states that the stock model gives it alone.
+
+Dimensions: T tokens of a packed micro-batch, B sequences, D width, V vocabulary.
+"""
+
+import torch
+from torch.nn.functional import pad
+from transformers import EsmForMaskedLM
+
+from hf_plm.config import UserError
+from hf_plm.models.attention import VARLEN_ROUTE, Packing, attention_route, use_packed_attention
+
+# transformers' EsmEmbeddings and fair-esm's ESM2 scale by 1 - 0.15 * 0.8 whatever the recipe's rates: a constant gain.
+TOKEN_DROPOUT_GAIN = 1 - 0.15 * 0.8
+
+
+def sequence_index(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """int64 (T,): which sequence of the micro-batch each token belongs to."""
+    positions_T = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions_T, right=True)
+
+
+def compute_dtype(model: EsmForMaskedLM) -> torch.dtype:
+    """The precision that attention will see: autocast's where it is on, else that of the weights."""
+    weight = model.esm.embeddings.word_embeddings.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def _embed(model: EsmForMaskedLM, input_ids_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """(T, D): token embeddings with `<mask>` zeroed and the rest scaled by 0.88 / (1 - share of `<mask>`)."""
+    embeddings = model.esm.embeddings
+    embedded_TD = embeddings.word_embeddings(input_ids_T)
+    if embeddings.token_dropout:
+        is_mask_T = input_ids_T == embeddings.mask_token_id
+        # Differences of a running count: exact, and without the atomic additions of a scatter.
+        masks_before = pad(is_mask_T.cumsum(0), (1, 0))
+        bounds = cu_seqlens.long()
+        share_B = (masks_before[bounds[1:]] - masks_before[bounds[:-1]]).float() / bounds.diff()
+        # A sequence of masks alone is zero everywhere; its gain would be infinite, and zero times that is NaN.
+        gain_B = torch.where(share_B < 1, TOKEN_DROPOUT_GAIN / (1 - share_B), 0.0)
+        gain_T = gain_B[sequence_index(cu_seqlens, len(input_ids_T))].masked_fill(is_mask_T, 0.0)
+        embedded_TD = (embedded_TD * gain_T[:, None]).to(embedded_TD.dtype)
+    if embeddings.layer_norm is not None:
+        embedded_TD = embeddings.layer_norm(embedded_TD)
+    return embedded_TD
+
+
+def packed_hidden_states(
+    model: EsmForMaskedLM,
+    input_ids_T: torch.Tensor,
+    position_ids_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    output_hidden_states: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Hidden states (T, D): of the last layer alone, or of the embeddings and every layer (`num_layers` + 1).
+
+    `position_ids_T` restart at 0 in each sequence; `cu_seqlens` int32 (B+1,) runs from 0 to T; `max_seqlen` is the
+    longest sequence. Raises `UserError` for a model with absolute positions or attention dropout. Tolerance against the
+    stock model on each sequence alone: 1e-4 in fp32, at every layer.
+    """
+    config = model.config
+    if config.position_embedding_type != "rotary" or config.attention_probs_dropout_prob:
+        raise UserError(
+            "The packed forward takes models with rotary positions and no attention dropout (ESM-2), but this one has "
+            f"{config.position_embedding_type!r} positions and attention dropout {config.attention_probs_dropout_prob}."
+        )
+    use_packed_attention(model)
+    head_dim = config.hidden_size // config.num_attention_heads
+    on_device = attention_route(input_ids_T.device, compute_dtype(model), head_dim) == VARLEN_ROUTE
+    lengths = None if on_device else tuple(cu_seqlens.diff().tolist())
+    outputs = model.esm(
+        inputs_embeds=_embed(model, input_ids_T, cu_seqlens)[None],
+        position_ids=position_ids_T[None],
+        packing=Packing(cu_seqlens, max_seqlen, lengths),
+        output_hidden_states=output_hidden_states,
+    )
+    if output_hidden_states:
+        return tuple(hidden_1TD[0] for hidden_1TD in outputs.hidden_states)
+    return (outputs.last_hidden_state[0],)
+
+
+def packed_logits(
+    model: EsmForMaskedLM,
+    input_ids_T: torch.Tensor,
+    position_ids_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+) -> torch.Tensor:
+    """Logits (T, V) at every position; arguments and errors as `packed_hidden_states`."""
+    return model.lm_head(packed_hidden_states(model, input_ids_T, position_ids_T, cu_seqlens, max_seqlen)[-1])

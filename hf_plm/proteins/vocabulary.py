@@ -1,0 +1,45 @@
+"""The 33 tokens of ESM-2, their ids, and the look-up table that encodes bytes.
+
+One residue is one token, so encoding is one indexed read of a 256-entry table: about a hundred times faster than a
+tokenizer that splits text. Ids: fair-esm, `Alphabet.from_architecture("ESM-1b")`.
+"""
+
+import numpy as np
+
+_LETTERS = "L A G V S E R T I D P K Q N F Y M H W C X B U Z O . -"
+TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>", *_LETTERS.split(), "<null_1>", "<mask>")
+TOKEN_TO_ID = {token: index for index, token in enumerate(TOKENS)}
+VOCABULARY_SIZE = len(TOKENS)
+
+CLS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+X_ID = TOKEN_TO_ID["X"]
+MASK_ID = TOKEN_TO_ID["<mask>"]
+IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
+
+STANDARD_RESIDUES = "LAGVSERTIDPKQNFYMHWC"
+RARE_RESIDUES = "BUZO"
+RESIDUES = STANDARD_RESIDUES + "X" + RARE_RESIDUES
+"""Letters that a cleaned sequence is made of."""
+
+STANDARD_IDS = np.array([TOKEN_TO_ID[letter] for letter in STANDARD_RESIDUES], dtype=np.uint8)
+
+
+def _byte_table() -> np.ndarray:
+    table = np.full(256, UNK_ID, dtype=np.uint8)
+    for letter in RESIDUES + ".-":
+        table[ord(letter)] = TOKEN_TO_ID[letter]
+    return table
+
+
+BYTE_TO_ID = _byte_table()
+"""uint8 (256,): token id of each byte, `<unk>` for every byte that is not an upper-case letter of the vocabulary."""
+
+MAY_BE_TARGET = np.array([token in STANDARD_RESIDUES + RARE_RESIDUES for token in TOKENS])
+"""bool (33,): tokens that may be a target: residues, but never `X`, gaps or special tokens."""
+
+
+def encode(residues: bytes | np.ndarray) -> np.ndarray:
+    """Token ids, uint8 (N,), of N residues given as ASCII bytes; no special tokens are added."""
+    if isinstance(residues, bytes):
+        residues = np.frombuffer(residues, dtype=np.uint8)
+    return BYTE_TO_ID[residues]

@@ -1,0 +1,76 @@
+"""curves.png: what a run did, in three panels that can be read without a legend table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Okabe and Ito 2008: told apart without colour vision.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8c8c8c"
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training lines and validation lines of metrics.jsonl."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "validation_loss" in line]
+
+
+def draw_curves(metrics: Path, png: Path, title: str) -> None:
+    """Loss against both baselines, learning rate and gradient norm, and speed, over the tokens seen."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    training, validation = read_metrics(metrics)
+    if not training:
+        return
+    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=130)
+    losses, rates, speeds = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    tokens = np.array([line["tokens"] for line in training]) / 1e6
+    steps = np.array([line["step"] for line in training])
+
+    def column(lines: list[dict[str, Any]], name: str) -> np.ndarray:
+        return np.array([line[name] for line in lines], dtype=float)
+
+    loss = column(training, "loss")
+    losses.plot(tokens, loss, color=BLUE, alpha=0.25, linewidth=1)
+    width = max(1, len(loss) // 40)
+    smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
+    losses.plot(tokens[width - 1 :], smooth, color=BLUE, label="training, all targets")
+    if validation:
+        at = np.interp(column(validation, "step"), steps, tokens)
+        for name, colour, label in (
+            ("validation_loss", ORANGE, "validation, all targets"),
+            ("validation_loss_masked", GREEN, "validation, masked targets"),
+        ):
+            losses.plot(at, column(validation, name), color=colour, marker="o", markersize=3, label=label)
+        last = validation[-1]
+        for name, colour, label in (
+            ("context_free_loss", ORANGE, "context-free loss"),
+            ("unigram_entropy", GREEN, "unigram entropy"),
+        ):
+            losses.axhline(last[name], color=colour, linestyle="--", linewidth=1, label=f"{label} {last[name]:.3f}")
+        shown = np.concatenate([smooth, column(validation, "validation_loss"), [last["unigram_entropy"]]])
+        span = shown.max() - shown.min()
+        losses.set_ylim(shown.min() - 0.08 * span, min(shown.max(), last["unigram_entropy"] + 0.4) + 0.08 * span)
+    losses.set(title=title, xlabel="million tokens", ylabel="nats per target")
+    losses.legend(frameon=False, fontsize=8)
+
+    rates.plot(tokens, column(training, "learning_rate"), color=BLUE)
+    rates.set(title="learning rate (line) and gradient norm (dots)", xlabel="million tokens")
+    rates.title.set_fontsize(9)
+    rates.set_ylim(bottom=0)
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    norms = rates.twinx()
+    norms.plot(tokens, column(training, "gradient_norm"), ".", color=GREY, markersize=2.5)
+    norms.set_yscale("log")
+
+    speeds.plot(tokens, column(training, "tokens_per_second"), color=BLUE)
+    speeds.set(title="tokens per second", xlabel="million tokens")
+    speeds.title.set_fontsize(9)
+    speeds.set_ylim(bottom=0)
+    for axes in (losses, rates, speeds):
+        axes.spines["top"].set_visible(False)
+        axes.grid(alpha=0.2)
+    partial = png.with_name(f".partial-{png.name}")
+    figure.savefig(partial, format="png")
+    partial.replace(png)

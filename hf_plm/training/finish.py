@@ -1,0 +1,105 @@
+"""The end of a run: the Hub folder, summary.json and curves.png. What comes last says that the run is finished."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import EsmForMaskedLM
+
+from hf_plm.config import Recipe
+from hf_plm.data.corpus import Corpus
+from hf_plm.data.simulate import SIMULATED_PREFIX
+from hf_plm.inference.evaluate import Evaluation
+from hf_plm.models.hub import model_card, save_hub_folder
+from hf_plm.training import run_folder
+from hf_plm.training.checkpoint import Progress, write_json
+from hf_plm.training.curves import draw_curves
+from hf_plm.training.meter import Meter, duration
+
+
+def finish(
+    recipe: Recipe,
+    model: EsmForMaskedLM,
+    progress: Progress,
+    evaluation: Evaluation,
+    train: Corpus,
+    held_out: Corpus,
+    facts: dict[str, Any],
+    meter: Meter,
+) -> dict[str, Any]:
+    """Write everything that a finished run leaves; summary.json last, because its presence means finished."""
+    folder = recipe.run_folder
+    numbers = evaluation.summary()
+    meter.write({"step": progress.step, **numbers})
+    summary = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        **numbers,
+        **evaluation.margins(),
+        "validation_sequences": evaluation.num_sequences,
+        "validation_targets": len(evaluation.losses_K),
+        "validation_split": held_out.manifest.split_kind,
+        "preset": recipe.model.preset,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "corpus_name": train.name,
+        "corpus_sequences": len(train),
+        **facts,
+    }
+    save_hub_folder(model, folder / run_folder.HUB, _card(folder.resolve().name, summary, train))
+    draw_curves(folder / run_folder.METRICS, folder / run_folder.CURVES, f"{folder.name}: {recipe.model.preset}")
+    write_json(folder / run_folder.SUMMARY, summary)
+    return summary
+
+
+def is_simulated(corpus: Corpus) -> bool:
+    """Whether the sequences came from `hf-plm simulate`, whose ids say so."""
+    return all(name.startswith(SIMULATED_PREFIX) for name in corpus.ids(np.arange(min(20, len(corpus)))))
+
+
+def _card(name: str, summary: dict[str, Any], train: Corpus) -> str:
+    return model_card(
+        name=name,
+        preset=summary["preset"],
+        num_parameters=summary["parameters"],
+        data_name=train.name,
+        data_hash=train.fingerprint,
+        split_kind=summary["validation_split"],
+        num_steps=summary["steps"],
+        num_tokens=summary["tokens"],
+        validation_loss=summary["validation_loss"],
+        context_free_loss=summary["context_free_loss"],
+        validation_loss_masked=summary["validation_loss_masked"],
+        unigram_entropy=summary["unigram_entropy"],
+        versions={name: summary[name] for name in ("hf_plm", "torch", "transformers", "accelerate")},
+        is_simulated=is_simulated(train),
+    )
+
+
+def summary_lines(summary: dict[str, Any], folder: Path) -> str:
+    """What a finished run says: the numbers against their baselines, and how to load the model."""
+
+    def against(name: str, baseline: str, margin: str) -> str:
+        value, low, high = summary[margin]
+        verdict = "learned" if low > 0 else "not yet under it"
+        return (
+            f"{summary[name]:.4f} against {summary[baseline]:.4f} "
+            f"({value:+.4f} nats under, 95% interval {low:+.4f} to {high:+.4f}: {verdict})"
+        )
+
+    hub = folder / run_folder.HUB
+    return "\n".join(
+        [
+            "",
+            f"Finished: {summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}.",
+            f"  validation loss  {against('validation_loss', 'context_free_loss', 'margin_context_free')}",
+            f"  masked targets   {against('validation_loss_masked', 'unigram_entropy', 'margin_unigram_masked')}",
+            f"  perplexity {summary['validation_perplexity']:.2f}, recovery {summary['validation_recovery']:.1%}, "
+            f"on {summary['validation_sequences']:,} held-out sequences ({summary['validation_split']})",
+            f"The model is in {hub}; load it in plain transformers with:",
+            "",
+            "    from transformers import AutoModelForMaskedLM, AutoTokenizer",
+            f'    model = AutoModelForMaskedLM.from_pretrained("{hub.as_posix()}")',
+            f'    tokenizer = AutoTokenizer.from_pretrained("{hub.as_posix()}")',
+        ]
+    )

@@ -1,0 +1,180 @@
+"""What a person sees of a run: a progress bar, one JSON line per log step, trackers, and a plan after ten steps."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from tqdm import tqdm
+
+from hf_plm.config import Recipe, UserError
+
+PLAN_AFTER_STEPS = 10
+LONG_SECONDS = 3 * 86400
+QUIET_SECONDS = 30.0
+"""Seconds between two lines of progress where there is no terminal to draw a bar in."""
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 45s, 12m 05s, 3h 20m, 2d 4h."""
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d {hours}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop metrics of steps after `step`, which a resumed run will do again, and a last line cut by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def open_trackers(recipe: Recipe, folder: Path, step: int) -> list[GeneralTracker]:
+    """Accelerate's trackers, started; TensorBoard forgets what it holds beyond `step`."""
+    trackers: list[GeneralTracker] = []
+    for name in recipe.run.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"run.trackers asks for {name}, which is not installed: pip install {name}, or leave it out."
+            )
+        if name == "tensorboard":
+            trackers.append(TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1))
+        elif name == "wandb":
+            trackers.append(WandBTracker("hf_plm", name=folder.name, resume="allow", id=folder.name, dir=folder))
+        else:
+            trackers.append(TrackioTracker("hf_plm", name=folder.name, resume="allow"))
+    for tracker in trackers:
+        tracker.start()
+        if tracker.name != "tensorboard":
+            tracker.store_init_configuration(recipe.to_dict())
+    return trackers
+
+
+class Meter:
+    """Writes on the main process only; on the others every method returns at once."""
+
+    def __init__(self, recipe: Recipe, folder: Path, step: int, seconds: float, is_main: bool) -> None:
+        self.recipe, self.is_main = recipe, is_main
+        self.first_step, self.spent_before, self.began = step, seconds, time.monotonic()
+        self.window_tokens, self.window_seconds = 0, 0.0
+        self.mark = self.began
+        self.last_line = self.began
+        if not is_main:
+            return
+        self.path = folder / "metrics.jsonl"
+        keep_lines_until(self.path, step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+        self.trackers = open_trackers(recipe, folder, step)
+        self.bar = tqdm(
+            total=1000,
+            initial=0,
+            disable=not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f}%|{bar}| {postfix}",
+            dynamic_ncols=True,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds that the run has taken, over all its resumptions."""
+        return self.spent_before + time.monotonic() - self.began
+
+    def share(self, step: int) -> float:
+        """Share of the run that is spent once `step` updates are done."""
+        budget = self.recipe.budget_seconds
+        return min(1.0, self.seconds / budget if budget else step / self.recipe.schedule.steps)
+
+    def count(self, num_tokens: int) -> None:
+        """A step of `num_tokens` is done; the time since the last mark was spent on it."""
+        now = time.monotonic()
+        self.window_tokens += num_tokens
+        self.window_seconds += now - self.mark
+        self.mark = now
+
+    def pause(self) -> None:
+        """What was done since the last mark (a validation, a checkpoint) does not count as training."""
+        self.mark = time.monotonic()
+
+    def tokens_per_second(self) -> float:
+        """Real tokens/s over all processes since this was last asked."""
+        speed = self.window_tokens / max(self.window_seconds, 1e-9)
+        self.window_tokens, self.window_seconds = 0, 0.0
+        return speed
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if not self.is_main:
+            return
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        values = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        for tracker in self.trackers:
+            tracker.log(values, step=line["step"])
+
+    def show(self, step: int, loss: float, speed: float) -> None:
+        if not self.is_main:
+            return
+        share = self.share(step)
+        done_here = step - self.first_step
+        budget = self.recipe.budget_seconds
+        elapsed = time.monotonic() - self.began
+        left = budget - self.seconds if budget else (self.recipe.schedule.steps - step) * elapsed / max(done_here, 1)
+        of_steps = "" if budget else f"/{self.recipe.schedule.steps:,}"
+        text = f"step {step:,}{of_steps}, loss {loss:.3f}, {speed:,.0f} tokens/s, {duration(max(left, 0))} left"
+        self.bar.n = round(share * 1000)
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and time.monotonic() - self.last_line > QUIET_SECONDS:
+            self.last_line = time.monotonic()
+            print(f"{share:4.0%}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def say_plan(self, step: int, tokens_per_step: int, epoch_tokens: int) -> None:
+        """Tokens, epochs and finish time of the whole run, from what it has done since it was started."""
+        speed_steps = (step - self.first_step) / max(time.monotonic() - self.began, 1e-9)
+        budget = self.recipe.budget_seconds
+        steps = step + (budget - self.seconds) * speed_steps if budget else self.recipe.schedule.steps
+        left = budget - self.seconds if budget else (steps - step) / speed_steps
+        tokens = steps * tokens_per_step
+        ends = datetime.now() + timedelta(seconds=min(left, 1e9))
+        about = "about " if budget else ""
+        self.say(
+            f"Plan: {about}{steps:,.0f} steps of {tokens_per_step:,} tokens, {tokens:.3g} tokens in all, "
+            f"{tokens / epoch_tokens:,.1f} epochs; ends {ends:%a %d %b %Y %H:%M}, in {duration(left)}."
+        )
+        if left > LONG_SECONDS:
+            self.say(
+                f"Warning: {duration(left)} is long; --schedule.budget 8h fits a run into 8 hours, "
+                "--schedule.steps N shortens it to N steps (both start a new run: give it a new --run.folder)."
+            )
+
+    def close(self) -> None:
+        if not self.is_main:
+            return
+        self.bar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.finish()

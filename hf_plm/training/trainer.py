@@ -1,0 +1,172 @@
+"""The loop of a run, which reads from top to bottom.
+
+What the engines divide is undone here: the sum of a micro-batch's losses is multiplied by world size x accumulation /
+targets of the step, so that any split of a step over processes and accumulation gives the gradient of the global mean.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import EsmForMaskedLM
+
+from hf_plm.config import Recipe, UserError
+from hf_plm.data.loader import Step, Steps, load_steps
+from hf_plm.inference.evaluate import Evaluation
+from hf_plm.training import run_folder
+from hf_plm.training.checkpoint import Progress, save_checkpoint
+from hf_plm.training.meter import PLAN_AFTER_STEPS, Meter
+from hf_plm.training.runtime import StopRequest, sum_over_processes
+from hf_plm.training.schedule import rate_factor
+
+
+class StoppedError(Exception):
+    """The run was asked to stop and did, its checkpoint written; `signal_name` says by what."""
+
+    def __init__(self, signal_name: str, step: int) -> None:
+        super().__init__(f"Stopped by {signal_name} after step {step}; the same command goes on from there.")
+        self.signal_name = signal_name
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with; the loop itself holds no more state than `Progress`."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    module: nn.Module  # as the engine wrapped it
+    model: EsmForMaskedLM
+    optimizer: Any
+    steps: Steps
+    validate: Callable[[int], Evaluation]  # of so many held-out sequences
+    facts: dict[str, Any]
+    request: StopRequest
+
+
+def run_steps(parts: Parts, meter: Meter, progress: Progress) -> Progress:
+    """Every step from `progress` to the end of the run."""
+    recipe, accelerator, module = parts.recipe, parts.accelerator, parts.module
+    workers = recipe.data.workers if recipe.data.workers is not None else 4 * (accelerator.device.type == "cuda")
+    steps = load_steps(parts.steps, workers, pin_memory=accelerator.device.type == "cuda")
+    world_size, rounds = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    pending: Callable[[], None] | None = None
+    share = _agree(accelerator, meter.share(progress.step), False)[0]
+
+    while share < 1:
+        step = next(steps)
+        num_targets = sum_over_processes(accelerator, sum(batch.num_targets for batch in step.micro_batches))[0]
+        factor = rate_factor(recipe.schedule, step.step, share)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = recipe.optimizer.learning_rate * factor
+        sums = []
+        for batch in (micro_batch.to(accelerator.device) for micro_batch in step.micro_batches):
+            with accelerator.accumulate(module):
+                loss_sum, _, num_correct = module(
+                    batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+                )
+                accelerator.backward(loss_sum * (world_size * rounds / max(num_targets, 1)))
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(module.parameters(), recipe.optimizer.clip or math.inf)
+                parts.optimizer.step()
+                parts.optimizer.zero_grad()
+                sums.append(torch.stack([loss_sum.detach(), num_correct.float()]))
+
+        done = step.step + 1
+        meter.count(step.num_tokens)
+        progress = Progress(done, step.next_cursor, progress.tokens + step.num_tokens, meter.seconds)
+        if pending:
+            pending()  # the numbers of the step before: reading them now does not make the device wait
+        pending = _reader(parts, meter, step, progress, torch.stack(sums), num_targets, norm, factor)
+        share, stops = _agree(accelerator, meter.share(done), bool(parts.request.signal_name))
+        is_last = share >= 1 or stops
+        is_due = {knob: done % getattr(recipe, knob).every == 0 for knob in ("validation", "checkpoint")}
+        if is_last or any(is_due.values()) or done - meter.first_step == PLAN_AFTER_STEPS:
+            pending()
+            pending = None
+        if done - meter.first_step == PLAN_AFTER_STEPS:
+            meter.say_plan(done, step.num_tokens, parts.steps.epoch_tokens)
+        if is_due["validation"] and not is_last:
+            _validate(parts, meter, done)
+        if is_due["checkpoint"] or is_last:
+            _save(parts, progress)
+        meter.pause()
+        if stops:
+            raise StoppedError(parts.request.signal_name or "another process", done)
+    return progress
+
+
+def _agree(accelerator: Accelerator, share: float, stops: bool) -> tuple[float, bool]:
+    """The share of the run spent, by the main process's clock, and whether any process was asked to stop."""
+    if accelerator.num_processes == 1:
+        return share, stops
+    agreed, votes = sum_over_processes(accelerator, share if accelerator.is_main_process else 0.0, float(stops))
+    return agreed, votes > 0
+
+
+def _reader(
+    parts: Parts,
+    meter: Meter,
+    step: Step,
+    progress: Progress,
+    sums: torch.Tensor,
+    num_targets: float,
+    norm: Any,
+    factor: float,
+) -> Callable[[], None]:
+    """Reads a step's numbers off the device, refuses NaN, and writes the line of a log step."""
+    is_logged = progress.step % parts.recipe.run.log_every == 0 or progress.step == 1
+    speed = meter.tokens_per_second() if is_logged else 0.0
+
+    def read() -> None:
+        local_loss, local_correct = sums.sum(dim=0).tolist()
+        loss_sum, num_correct = sum_over_processes(parts.accelerator, local_loss, local_correct)
+        loss, gradient_norm = loss_sum / max(num_targets, 1), float(norm)
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            folder = parts.recipe.run_folder
+            raise UserError(
+                f"The loss of step {step.step} is {loss} and its gradient norm {gradient_norm}: the run stopped, the "
+                f"last checkpoint is kept. hf-plm inspect {folder} --step {step.step} shows what the step held, "
+                "the same command replays it, and a lower --optimizer.learning_rate in a new run often avoids it."
+            )
+        if is_logged:
+            meter.write(
+                {
+                    "step": progress.step,
+                    "loss": loss,
+                    "recovery": num_correct / max(num_targets, 1),
+                    "learning_rate": parts.recipe.optimizer.learning_rate * factor,
+                    "gradient_norm": gradient_norm,
+                    "tokens": progress.tokens,
+                    "tokens_per_second": speed,
+                    "padding_share": 1 - step.num_tokens / step.num_slots,
+                    "epoch": step.cursor.epoch,
+                    "place": step.cursor.place,
+                    "seconds": progress.seconds,
+                }
+            )
+            meter.show(progress.step, loss, speed)
+
+    return read
+
+
+def _validate(parts: Parts, meter: Meter, step: int) -> None:
+    assert parts.recipe.validation.sequences is not None
+    numbers = parts.validate(parts.recipe.validation.sequences).summary()
+    meter.write({"step": step, **numbers})
+    meter.say(
+        f"step {step:,}: validation loss {numbers['validation_loss']:.4f} (context-free "
+        f"{numbers['context_free_loss']:.4f}), masked {numbers['validation_loss_masked']:.4f} (unigram "
+        f"{numbers['unigram_entropy']:.4f}), recovery {numbers['validation_recovery']:.1%}"
+    )
+
+
+def _save(parts: Parts, progress: Progress) -> None:
+    if parts.accelerator.is_main_process:
+        inner = getattr(parts.optimizer, "optimizer", parts.optimizer)
+        folder = parts.recipe.run_folder / run_folder.CHECKPOINTS
+        save_checkpoint(folder, progress, parts.model, inner, parts.facts, parts.recipe.checkpoint.keep)
+    parts.accelerator.wait_for_everyone()

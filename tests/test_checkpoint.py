@@ -1,0 +1,102 @@
+"""A checkpoint is whole or not there, and a damaged one is found out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_plm.config import UserError
+from hf_plm.data.order import Cursor
+from hf_plm.training.checkpoint import (
+    Progress,
+    list_checkpoints,
+    newest_whole,
+    read_state,
+    restore,
+    save_checkpoint,
+)
+
+
+def model_and_optimizer(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        train_once(model, optimizer)
+    return model, optimizer
+
+
+def train_once(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(folder: Path, step: int, keep: int = 3) -> Path:
+    progress = Progress(step, Cursor(1, 2), 300, 4.5)
+    return save_checkpoint(folder, progress, *model_and_optimizer(step), {"torch": "2"}, keep)
+
+
+def test_what_is_restored_goes_on_the_same(tmp_path: Path) -> None:
+    model, optimizer = model_and_optimizer(0)
+    path = save_checkpoint(tmp_path, Progress(3, Cursor(1, 2), 300, 4.5), model, optimizer, {}, keep=1)
+    other, other_optimizer = model_and_optimizer(1)
+    assert restore(path, read_state(path), other, other_optimizer) == Progress(3, Cursor(1, 2), 300, 4.5)
+    for _ in range(2):
+        train_once(model, optimizer)
+        train_once(other, other_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    # The twin: without the moments the next updates differ.
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.1)
+    train_once(model, optimizer)
+    train_once(other, fresh)
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000030", "step-00000040"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no state"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 10)
+    path = save(tmp_path, 20)
+    file = path / ("state.json" if damage == "no state" else "optimizer.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(content[:-10])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    found, state, complaints = newest_whole(tmp_path)
+    assert found == tmp_path / "step-00000010"
+    assert state["progress"]["step"] == 10
+    assert len(complaints) == 1
+    assert "is damaged" in complaints[0]
+
+
+def test_half_a_save_is_invisible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 10)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_plm.training.checkpoint.save_file", full_disk)
+    with pytest.raises(UserError, match=r"step 20 could not be written .*No space left.*run the same command again"):
+        save(tmp_path, 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 10)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "format": 99}))
+    with pytest.raises(UserError, match=r"format 99, newer than .* update hf_plm"):
+        newest_whole(tmp_path)

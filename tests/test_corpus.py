@@ -1,0 +1,124 @@
+"""Random access to a prepared corpus."""
+
+import multiprocessing
+import pickle
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+
+from hf_plm.config import UserError
+from hf_plm.data.corpus import Corpus, _TextColumn, open_corpus
+from hf_plm.data.prepare import prepare
+from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[str]:
+    rng = np.random.default_rng(0)
+    letters = np.array(list(STANDARD_RESIDUES))
+    return ["".join(letters[rng.integers(0, 20, rng.integers(1, 60))]) for _ in range(3000)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, sequences: list[str]) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    text = "".join(f">p{number} é\n{sequence}\n" for number, sequence in enumerate(sequences))
+    (root / "a.fasta").write_text(text, encoding="utf-8")
+    prepare(root / "a.fasta", root / "mine", duplicates="keep")
+    return root / "mine"
+
+
+def _letters(corpus: Corpus, indices: np.ndarray) -> list[str]:
+    residues_R, offsets = corpus.read(indices)
+    assert residues_R.dtype == np.uint8
+    assert offsets.dtype == np.int64
+    return [residues_R[start:end].tobytes().decode() for start, end in pairwise(offsets)]
+
+
+def test_reads_what_the_ids_say(folder: Path, sequences: list[str]) -> None:
+    corpus = open_corpus(folder)
+    rng = np.random.default_rng(1)
+    indices = rng.integers(0, len(corpus), 500)
+    read = _letters(corpus, indices)
+    ids = corpus.ids(indices)
+    assert read == [sequences[int(id_[1:])] for id_ in ids]
+    assert [len(sequence) for sequence in read] == corpus.lengths[indices].tolist()
+    assert read != _letters(corpus, indices[::-1]), "the twin: the order of the indices is the order of the sequences"
+    assert corpus.lengths.dtype == np.int32
+
+
+def test_splits_are_all_there_and_apart(folder: Path, sequences: list[str]) -> None:
+    train, validation = open_corpus(folder), open_corpus(folder, "validation")
+    assert (train.name, validation.split) == ("mine", "validation")
+    everything = [_letters(corpus, np.arange(len(corpus))) for corpus in (train, validation)]
+    assert sorted(everything[0] + everything[1]) == sorted(sequences)
+    assert train.fingerprint != validation.fingerprint
+
+
+def test_no_indices_and_indices_outside(folder: Path) -> None:
+    corpus = open_corpus(folder)
+    residues_R, offsets = corpus.read(np.array([], dtype=np.int64))
+    assert (len(residues_R), offsets.tolist()) == (0, [0])
+    for outside in (-1, len(corpus)):
+        with pytest.raises(IndexError):
+            corpus.read(np.array([0, outside]))
+
+
+@pytest.mark.parametrize("text_type", [pyarrow.string(), pyarrow.large_string()])
+def test_chunks_slices_and_both_string_types(text_type: pyarrow.DataType) -> None:
+    words = ["", "MK", "é", "VLA", "", "W" * 300, "Y"]
+    chunks = [pyarrow.array(words[:3], text_type), pyarrow.array([], text_type), pyarrow.array(words, text_type)[3:]]
+    column = _TextColumn(pyarrow.chunked_array(chunks))
+    indices = [6, 0, 5, 3, 2, 2, 4, 1]
+    assert [str(piece, "utf-8") for piece in column.pieces(np.array(indices))] == [words[index] for index in indices]
+
+
+def _first_letters(corpus: Corpus, queue: "multiprocessing.Queue[list[str]]") -> None:
+    queue.put(_letters(corpus, np.arange(5)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_works_in_worker_processes(folder: Path, method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {method}")
+    corpus = open_corpus(folder)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    worker = context.Process(target=_first_letters, args=(corpus, queue))
+    worker.start()
+    assert queue.get(timeout=60) == _letters(corpus, np.arange(5))
+    worker.join(60)
+
+
+def test_pickles_as_a_name(folder: Path) -> None:
+    corpus = open_corpus(folder)
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 1000
+    again = pickle.loads(pickled)
+    assert (again.fingerprint, len(again)) == (corpus.fingerprint, len(corpus))
+
+
+def test_opening_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    open_corpus(folder, "validation")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"is not a prepared corpus: it has no corpus\.json \(`hf-plm prepare` makes one\)"
+    ):
+        open_corpus(tmp_path)
+    with pytest.raises(UserError, match="has no split 'test': it has train, validation"):
+        open_corpus(folder, "test")
+    copy = tmp_path / "copy"
+    (copy / "data").mkdir(parents=True)
+    (copy / "corpus.json").write_bytes((folder / "corpus.json").read_bytes())
+    shard = copy / "data" / "train-00000-of-00001.parquet"
+    with pytest.raises(UserError, match=r"parquet is missing where corpus\.json says [\d,]+; prepare the corpus again"):
+        open_corpus(copy)
+    shard.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"parquet has 4 bytes where corpus\.json says"):
+        open_corpus(copy)

@@ -1,0 +1,224 @@
+"""The main job, through the real launcher: a FASTA file becomes a folder that plain transformers opens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hf_plm
+from hf_plm.config import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "schedule.steps": "24",
+    "batch.tokens": "512",
+    "data.crop": "128",
+    "checkpoint.every": "5",
+    "validation.every": "6",
+    "run.log_every": "1",
+}
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", value)]
+
+
+def launch(folder: Path, fasta: Path, *flags: str) -> subprocess.Popen[str]:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "launch" / "pretrain.py")]
+    recipe = [str(ROOT / "launch" / "recipes" / "demo.yaml"), "--data.train", str(fasta)]
+    command = [*accelerate, *config, *recipe, "--run.folder", str(folder), *FLAGS, *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl, without what a clock put there."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, family_fasta: Path) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, finished(launch(folder, family_fasta))
+
+
+def test_a_run_leaves_what_it_promises(whole_run: tuple[Path, str]) -> None:
+    folder, output = whole_run
+    assert "Plan: 24 steps" in output
+    assert "from_pretrained" in output
+    training = [line for line in numbers(folder) if "loss" in line]
+    validation = [line for line in numbers(folder) if "validation_loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 25))
+    assert [line["step"] for line in validation] == [6, 12, 18, 24]
+    assert {"learning_rate", "gradient_norm", "tokens", "padding_share"} <= training[0].keys()
+    assert {"validation_loss_masked", "validation_perplexity", "validation_recovery"} <= validation[0].keys()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"unigram_entropy", "context_free_loss", "margin_context_free"} <= summary.keys()
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["schedule"]["warmup"] == 1
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000020", "step-00000024"]
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.rglob(".partial-*"))
+
+
+def test_plain_transformers_opens_the_folder(whole_run: tuple[Path, str]) -> None:
+    """In a process of its own in which hf_plm cannot be imported."""
+    script = (
+        "import sys; sys.modules['hf_plm'] = None\n"
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer\n"
+        "model, info = AutoModelForMaskedLM.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert not any(info[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info\n"
+        "batch = tokenizer(['MKTAYIAK', 'MK<mask>A'], padding=True, return_tensors='pt')\n"
+        "print(type(model).__name__, tuple(model(**batch).logits.shape))\n"
+    )
+    command = [sys.executable, "-c", script, str(whole_run[0] / "hub")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split("\n")[0] == "EsmForMaskedLM (2, 10, 33)", done.stderr
+
+
+def test_a_finished_run_says_so_and_does_nothing(whole_run: tuple[Path, str], family_fasta: Path) -> None:
+    folder, _ = whole_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    output = finished(launch(folder, family_fasta))
+    assert "Finished: 24 steps" in output
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    metrics = folder / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} never came")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    """Bit for bit: losses, gradient norms and validation after a kill are those of the run that was left alone."""
+    folder = tmp_path / "stopped"
+    process = launch(folder, family_fasta)
+    wait_for_step(folder, 8)
+    os.killpg(process.pid, how)
+    process.communicate(timeout=60)
+    assert not (folder / "summary.json").exists()
+    output = finished(launch(folder, family_fasta))
+    assert "Going on from" in output
+    assert numbers(folder) == numbers(whole_run[0])
+
+
+def test_twin_another_seed_has_other_numbers(whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path) -> None:
+    other = hf_plm.load_recipe(
+        "demo", {**SMALL, "data.train": str(family_fasta), "run.folder": str(tmp_path / "other")}
+    )
+    hf_plm.pretrain(other.replace(run__seed=1))
+    assert numbers(tmp_path / "other") != numbers(whole_run[0])
+
+
+def run_here(fasta: Path, folder: Path, **knobs: str) -> hf_plm.Result:
+    overrides = {**SMALL, "data.train": str(fasta), "run.folder": str(folder), "run.trackers": "none"}
+    return hf_plm.pretrain(
+        hf_plm.load_recipe("demo", {**overrides, **{k.replace("__", "."): v for k, v in knobs.items()}})
+    )
+
+
+def test_accumulation_gives_the_global_mean(family_fasta: Path, tmp_path: Path) -> None:
+    """Four micro-batches of 256 tokens in a step: the loss is that of all targets, in one optimizer update."""
+    result = run_here(
+        family_fasta, tmp_path / "run", batch__micro_batches="4", batch__tokens="256", schedule__steps="3"
+    )
+    assert result.summary["steps"] == 3
+    assert 3 * 900 < result.summary["tokens"] <= 3 * 1024
+    assert type(result.model).__name__ == "EsmForMaskedLM"
+
+
+def test_activation_checkpointing_changes_no_number(family_fasta: Path, tmp_path: Path) -> None:
+    run_here(family_fasta, tmp_path / "plain", schedule__steps="4")
+    run_here(family_fasta, tmp_path / "recomputed", schedule__steps="4", model__activation_checkpointing="true")
+    plain, recomputed = numbers(tmp_path / "plain"), numbers(tmp_path / "recomputed")
+    assert [line.get("loss") for line in plain] == pytest.approx([line.get("loss") for line in recomputed], abs=1e-5)
+
+
+def test_bf16_and_a_wall_clock_budget(family_fasta: Path, tmp_path: Path) -> None:
+    """A run of four seconds: it ends by the clock, its rate falls by the clock, and what was auto is in its config."""
+    result = run_here(
+        family_fasta,
+        tmp_path / "run",
+        run__precision="bf16",
+        schedule__budget="4s",
+        batch__micro_batches="auto",
+        validation__every="auto",
+    )
+    assert result.summary["precision"] == "bf16"
+    assert 4 <= result.summary["seconds"] < 30
+    lines = [line for line in numbers(tmp_path / "run") if "learning_rate" in line]
+    assert lines[-1]["learning_rate"] < max(line["learning_rate"] for line in lines)
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert "auto" not in (stored["batch"]["micro_batches"], stored["validation"]["every"], stored["schedule"]["warmup"])
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(family_fasta: Path, tmp_path: Path) -> None:
+    knobs = {"optimizer__learning_rate": "1e30", "checkpoint__every": "1", "schedule__steps": "9"}
+    with pytest.raises(UserError, match=r"loss of step \d+ is nan .* hf-plm inspect .* --step \d+ shows"):
+        run_here(family_fasta, tmp_path / "run", **knobs)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"), [("mask.rate", "0.2"), ("model.preset", "8m"), ("schedule.steps", "25"), ("run.seed", "3")]
+)
+def test_a_run_folder_of_another_recipe_is_refused_by_name(
+    whole_run: tuple[Path, str], family_fasta: Path, knob: str, value: str
+) -> None:
+    with pytest.raises(UserError, match=rf"has {knob} = .* but {value} is asked for now"):
+        run_here(family_fasta, whole_run[0], **{knob.replace(".", "__"): value})
+
+
+def test_a_run_folder_of_other_sequences_is_refused(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    from hf_plm.data.simulate import write_simulated_fasta
+
+    other = tmp_path / "other.fasta"
+    write_simulated_fasta(other, num_families=2, members_per_family=60, seed=9)
+    with pytest.raises(UserError, match=r"other sequences than data\.train names now"):
+        run_here(other, whole_run[0])
+
+
+def test_a_folder_of_something_else_is_refused(family_fasta: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(UserError, match=r"holds other files \(thesis\.tex\)"):
+        run_here(family_fasta, tmp_path)
+
+
+def test_an_unwritable_run_folder_is_refused(family_fasta: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .* give another one with --run.folder"):
+        run_here(family_fasta, tmp_path / "file" / "run")
+
+
+def test_a_corpus_smaller_than_a_step_is_refused(family_fasta: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"fewer than one step takes .* --batch\.micro_batches \d+"):
+        run_here(family_fasta, tmp_path / "run", batch__micro_batches="100000")
+    with pytest.raises(UserError, match=r"fewer than one step takes .* --batch\.tokens \d+"):
+        run_here(family_fasta, tmp_path / "run", batch__tokens="1000000")
+
+
+def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Nothing to train on"):
+        hf_plm.pretrain(hf_plm.load_recipe("demo", {"run.folder": str(tmp_path)}))
