@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Evolve random ancestors along random trees; nothing in the file is a real protein.",
     )
     simulate.add_argument("out", type=Path, help="FASTA file to write, .gz if its name ends so")
-    simulate.add_argument("--families", type=int, default=40, help="number of families (40)")
-    simulate.add_argument("--members", type=int, default=125, help="members of each family (125)")
-    simulate.add_argument("--seed", type=int, default=0, help="another seed, other families (0)")
+    simulate.add_argument("--families", type=int, default=6, help="number of families (6)")
+    simulate.add_argument("--members", type=int, default=1000, help="members of each family (1000)")
+    simulate.add_argument("--seed", type=int, default=29, help="another seed, other families (29)")
     simulate.set_defaults(run=_simulate)
     return parser
 

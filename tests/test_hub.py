@@ -94,7 +94,7 @@ def test_config_shows_nothing_of_the_training(saved):
 
 
 def test_a_stranger_opens_it(saved):
-    """Another process, transformers alone, hf_plm unimportable; `make stock` runs it under transformers 4.57 too."""
+    """Another process, transformers alone, hf_plm unimportable; `make compat` runs it under transformers 4.57 too."""
     model, folder = saved
     command = [sys.executable, "-I", str(OPEN_STOCK), str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)

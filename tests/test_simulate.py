@@ -85,7 +85,8 @@ def test_known_values_of_wag() -> None:
     index = {letter: place for place, letter in enumerate(AMINO_ACIDS)}
     assert len(simulate._numbers(simulate._WAG_EXCHANGEABILITIES)) == 190
     assert AMINO_ACIDS[int(WAG_FREQUENCIES_A.argmin())] == "W"
-    assert AMINO_ACIDS[int(np.argsort(WAG_FREQUENCIES_A)[-2])] == "L" and WAG_FREQUENCIES_A.max() < 0.087
+    assert AMINO_ACIDS[int(np.argsort(WAG_FREQUENCIES_A)[-2])] == "L"
+    assert WAG_FREQUENCIES_A.max() < 0.087
     exchangeabilities_AA = WAG_RATES_AA / WAG_FREQUENCIES_A
     ratio = exchangeabilities_AA / exchangeabilities_AA[index["A"], index["R"]] * 0.551571
     for pair, published in {"IV": 7.8213, "DE": 6.17416, "FY": 6.45428, "RK": 5.35142, "CE": 0.021352}.items():
@@ -146,7 +147,8 @@ def test_tree_is_binary_and_every_tip_is_at_the_depth(num_tips: int) -> None:
     distances = [0.0]
     num_children = [0] * len(nodes)
     for node, (parent, branch_length) in enumerate(nodes[1:], start=1):
-        assert parent < node and branch_length >= 0
+        assert parent < node
+        assert branch_length >= 0
         num_children[parent] += 1
         distances.append(distances[parent] + branch_length)
     assert np.allclose(distances[-num_tips:], 0.3)
@@ -161,7 +163,8 @@ def test_members_of_a_family_are_related_and_families_are_not() -> None:
     families = sequences(6, 20)
     within = [shared_words(family[0], member) for family in families for member in family[1:]]
     between = [shared_words(first[0], second[0]) for first in families for second in families if first is not second]
-    assert np.mean(within) > 0.25 and min(within) > 0.08
+    assert np.mean(within) > 0.25
+    assert min(within) > 0.08
     assert max(between) < 0.04  # by chance about 1 word in 400 at this length
 
 
@@ -176,8 +179,10 @@ def test_identity_within_a_family_follows_the_depth() -> None:
         depth: float(WAG_FREQUENCIES_A @ np.diag(transition_probabilities(WAG_RATES_AA, 2 * depth)))
         for depth in identities
     }
-    assert same[0.05] - 0.01 < identities[0.05] and 0.9 < identities[0.05] < 0.97
-    assert same[0.3] - 0.01 < identities[0.3] and 0.55 < identities[0.3] < 0.75
+    assert same[0.05] - 0.01 < identities[0.05]
+    assert 0.9 < identities[0.05] < 0.97
+    assert same[0.3] - 0.01 < identities[0.3]
+    assert 0.55 < identities[0.3] < 0.75
     assert identities[30.0] < 0.35
 
 
@@ -194,7 +199,8 @@ def test_residue_frequencies_stay_at_the_models() -> None:
 
 def test_lengths_are_log_normal_within_bounds() -> None:
     lengths = np.array([len(family[0]) for family in sequences(1500, 1, evolution=Evolution(**NO_INDELS))])
-    assert lengths.min() >= simulate.MIN_LENGTH and lengths.max() == simulate.MAX_LENGTH
+    assert lengths.min() >= simulate.MIN_LENGTH
+    assert lengths.max() == simulate.MAX_LENGTH
     # Standard error of the median 2.5%; of the quartiles alike. 290 exp(-+0.674 * 0.76) are 174 and 484.
     assert np.quantile(lengths, [0.25, 0.5, 0.75]) == pytest.approx([174, 290, 484], rel=0.1)
     wider = np.array(
@@ -291,7 +297,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("hf_plm.data.simulate.os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         write_simulated_fasta(path, 1, 1)
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

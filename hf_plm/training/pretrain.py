@@ -47,12 +47,12 @@ def pretrain(recipe: Recipe) -> Result:
     Raises `UserError` for the user's mistakes and `StoppedError` when a signal ended the run early.
     """
     accelerator = start_accelerator(recipe)
-    with accelerator.main_process_first():
-        train, held_out = open_corpora(recipe)
-    with accelerator.main_process_first():
-        earlier = run_folder.claim(recipe, train.fingerprint)
-    recipe = earlier or recipe
     folder = recipe.run_folder
+    with accelerator.main_process_first():
+        run_folder.make(folder)
+        train, held_out = open_corpora(recipe)
+    earlier = run_folder.stored_recipe(recipe, train.fingerprint)
+    recipe = earlier or recipe
 
     set_seed(recipe.run.seed)  # nothing of ours draws from it; it holds what a library might
     model = build_model(esm_config(recipe.model.preset, token_dropout=recipe.model.token_dropout), recipe.run.seed)

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and what a run leaves in it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,14 @@ CONFIG, SUMMARY, METRICS, CHECKPOINTS, HUB, CURVES = (
     "hub",
     "curves.png",
 )
+# Hidden files, and what a shell or a scheduler writes beside a run before it begins.
+_MAY_BE_THERE = re.compile(r"^\.|\.(log|out|err)$")
 # What a corpus holds is compared by its fingerprint: a corpus that moved is the same corpus.
 _COMPARED_BY_CONTENT = ("data.train", "data.validation")
 
 
-def claim(recipe: Recipe, corpus_fingerprint: str) -> Recipe | None:
-    """Make the folder of a new run and return None, or the resolved recipe of the run that is there already.
-
-    Raises `UserError` where the folder cannot be written or holds something else than this run.
-    """
-    folder = recipe.run_folder
+def make(folder: Path) -> None:
+    """Make the folder of a run, or say at once that it cannot be written or belongs to something else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".partial-probe"
@@ -37,12 +36,21 @@ def claim(recipe: Recipe, corpus_fingerprint: str) -> Recipe | None:
             f"The run folder {folder} cannot be written ({error.strerror}); give another one with --run.folder."
         ) from None
     if not (folder / CONFIG).exists():
-        foreign = [path.name for path in folder.iterdir() if path.name != CHECKPOINTS]
+        foreign = [path.name for path in folder.iterdir() if not _MAY_BE_THERE.search(path.name)]
         if foreign:
             raise UserError(
                 f"The run folder {folder} holds other files ({sorted(foreign)[0]}) and no {CONFIG}; "
                 "give an empty or a new one with --run.folder."
             )
+
+
+def stored_recipe(recipe: Recipe, corpus_fingerprint: str) -> Recipe | None:
+    """The resolved recipe of the run that is in the folder already, with what may change taken from `recipe`.
+
+    None for a new run. Raises `UserError` where the folder holds a run of another recipe or on other sequences.
+    """
+    folder = recipe.run_folder
+    if not (folder / CONFIG).exists():
         return None
     try:
         stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))

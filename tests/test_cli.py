@@ -1,0 +1,106 @@
+"""The program: help at once, mistakes in one sentence and without a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_plm.cli import main
+from hf_plm.config import KNOBS
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hf_plm.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a mistake prints: one line, no traceback, exit code 1."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("hf-plm: ")
+    return error
+
+
+def test_help_does_not_import_torch() -> None:
+    script = "import sys; from hf_plm.cli import main; main([]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "pretrain" in done.stdout
+
+
+def test_help_of_pretrain_names_every_knob() -> None:
+    done = run("pretrain", "--help")
+    assert done.returncode == 0
+    assert all(f"--{name} " in done.stdout for name in KNOBS)
+
+
+def test_version() -> None:
+    from hf_plm import __version__
+
+    assert run("--version").stdout == f"hf-plm {__version__}\n"
+
+
+def test_a_misspelt_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    error = complaint(capsys, "pretrain", "demo", "--data.trian", "x.fasta", "--run.folder", "runs/x")
+    assert error == "hf-plm: Unknown flag --data.trian; did you mean --data.train?"
+
+
+def test_a_run_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--run.folder" in complaint(capsys, "pretrain", "demo", "--data.train", "x.fasta")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "there is no file"),
+        (b"", "empty"),
+        (b"# STOCKHOLM 1.0\nseq1 ACDE\n//\n", "FASTA"),
+        (b">a\nMK1V\n>b\nMKV\n", "illegal"),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03cut", "gz"),
+    ],
+)
+def test_bad_files_from_the_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, sentence: str
+) -> None:
+    """The sentences themselves are in test_messy.py and test_prepare.py; here they reach the user, alone on a line."""
+    path = tmp_path / "proteins.fasta"
+    if content is not None:
+        path.write_bytes(content)
+    for arguments in (
+        ["prepare", str(path), "--out", str(tmp_path / "corpus")],
+        ["pretrain", "demo", "--data.train", str(path), "--run.folder", str(tmp_path / "run")],
+    ):
+        error = complaint(capsys, *arguments)
+        assert sentence.lower() in error.lower()
+        assert "proteins.fasta" in error
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_prepare_prints_what_it_kept(capsys: pytest.CaptureFixture[str], family_fasta: Path, tmp_path: Path) -> None:
+    main(["prepare", str(family_fasta), "--out", str(tmp_path / "corpus")])
+    printed = capsys.readouterr().out
+    assert "240 records read, 240 kept" in printed
+    assert f"--data.train {tmp_path / 'corpus'}" in printed
+    main(["inspect", str(tmp_path / "corpus")])
+    assert "240 records read" in capsys.readouterr().out
+
+
+def test_simulate_writes_a_fasta(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["simulate", str(tmp_path / "x.fasta"), "--families", "2", "--members", "3"])
+    assert "6 simulated proteins in 2 families" in capsys.readouterr().out
+    assert (tmp_path / "x.fasta").read_text().count(">sim_") == 6
+
+
+def test_inspect_of_something_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "neither a prepared corpus nor a run" in complaint(capsys, "inspect", str(tmp_path))
+
+
+def test_a_dna_file_is_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "genes.fasta"
+    path.write_text("".join(f">g{number}\n{'ACGT' * (20 + number)}\n" for number in range(50)))
+    main(["prepare", str(path), "--out", str(tmp_path / "corpus")])
+    assert "A C G T" in capsys.readouterr().err
