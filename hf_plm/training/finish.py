@@ -44,6 +44,7 @@ def finish(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "corpus_name": train.name,
         "corpus_sequences": len(train),
+        "is_simulated": is_simulated(train),
         **facts,
     }
     save_hub_folder(model, folder / run_folder.HUB, _card(folder.resolve().name, summary, train))
@@ -72,30 +73,36 @@ def _card(name: str, summary: dict[str, Any], train: Corpus) -> str:
         validation_loss_masked=summary["validation_loss_masked"],
         unigram_entropy=summary["unigram_entropy"],
         versions={name: summary[name] for name in ("hf_plm", "torch", "transformers", "accelerate")},
-        is_simulated=is_simulated(train),
+        is_simulated=summary["is_simulated"],
     )
 
 
 def summary_lines(summary: dict[str, Any], folder: Path) -> str:
-    """What a finished run says: the numbers against their baselines, and how to load the model."""
+    """What a finished run says: the losses beside their baselines, and how to load the model."""
 
-    def against(name: str, baseline: str, margin: str) -> str:
+    def row(name: str, loss: str, baseline: str, margin: str) -> str:
         value, low, high = summary[margin]
-        verdict = "learned" if low > 0 else "not yet under it"
         return (
-            f"{summary[name]:.4f} against {summary[baseline]:.4f} "
-            f"({value:+.4f} nats under, 95% interval {low:+.4f} to {high:+.4f}: {verdict})"
+            f"  {name:<16}{summary[loss]:>8.4f}{summary[baseline]:>17.4f}    {value:+.4f} ({low:+.4f} to {high:+.4f})"
         )
 
+    has_learned = summary["margin_context_free"][1] > 0 and summary["margin_unigram_masked"][1] > 0
+    verdict = "it has learned from context" if has_learned else "not yet: both have to be above zero"
+    simulated = ", all simulated" if summary["is_simulated"] else ""
     hub = folder / run_folder.HUB
     return "\n".join(
         [
             "",
             f"Finished: {summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}.",
-            f"  validation loss  {against('validation_loss', 'context_free_loss', 'margin_context_free')}",
-            f"  masked targets   {against('validation_loss_masked', 'unigram_entropy', 'margin_unigram_masked')}",
-            f"  perplexity {summary['validation_perplexity']:.2f}, recovery {summary['validation_recovery']:.1%}, "
-            f"on {summary['validation_sequences']:,} held-out sequences ({summary['validation_split']})",
+            "",
+            f"  {'validation':<16}{'loss':>8}{'without context':>17}    under it by (95% interval)",
+            row("all targets", "validation_loss", "context_free_loss", "margin_context_free"),
+            row("masked targets", "validation_loss_masked", "unigram_entropy", "margin_unigram_masked"),
+            "",
+            f"  Nats per target, {summary['validation_sequences']:,} held-out sequences "
+            f"({summary['validation_split']}{simulated}): {verdict}.",
+            f"  Perplexity {summary['validation_perplexity']:.2f}, recovery {summary['validation_recovery']:.1%}.",
+            "",
             f"The model is in {hub}; load it in plain transformers with:",
             "",
             "    from transformers import AutoModelForMaskedLM, AutoTokenizer",

@@ -78,6 +78,7 @@ class Meter:
         self.window_tokens, self.window_seconds = 0, 0.0
         self.mark = self.began
         self.last_line = self.began
+        self.has_heading = False
         if not is_main:
             return
         self.path = folder / "metrics.jsonl"
@@ -88,7 +89,7 @@ class Meter:
             total=1000,
             initial=0,
             disable=not sys.stderr.isatty(),
-            bar_format="{percentage:3.0f}%|{bar}| {postfix}",
+            bar_format="{percentage:3.0f}% |{bar}| {desc}",
             dynamic_ncols=True,
         )
 
@@ -139,7 +140,7 @@ class Meter:
         of_steps = "" if budget else f"/{self.recipe.schedule.steps:,}"
         text = f"step {step:,}{of_steps}, loss {loss:.3f}, {speed:,.0f} tokens/s, {duration(max(left, 0))} left"
         self.bar.n = round(share * 1000)
-        self.bar.set_postfix_str(text)
+        self.bar.set_description_str(text)
         if self.bar.disable and time.monotonic() - self.last_line > QUIET_SECONDS:
             self.last_line = time.monotonic()
             print(f"{share:4.0%}  {text}", flush=True)
@@ -149,6 +150,18 @@ class Meter:
         if self.is_main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def say_validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """A row of the table that shows each loss beside what a predictor without context would reach."""
+        if not self.has_heading:
+            self.say(f"{'validation':>10}   {'all targets':^22}   {'masked targets':^18}")
+            self.say(f"{'step':>10}   {'loss':>8}{'context-free':>14}   {'loss':>8}{'unigram':>10}   {'recovery':>8}")
+            self.has_heading = True
+        self.say(
+            f"{step:>10,}   {numbers['validation_loss']:>8.4f}{numbers['context_free_loss']:>14.4f}   "
+            f"{numbers['validation_loss_masked']:>8.4f}{numbers['unigram_entropy']:>10.4f}   "
+            f"{numbers['validation_recovery']:>8.1%}"
+        )
 
     def say_plan(self, step: int, tokens_per_step: int, epoch_tokens: int) -> None:
         """Tokens, epochs and finish time of the whole run, from what it has done since it was started."""
@@ -161,7 +174,7 @@ class Meter:
         about = "about " if budget else ""
         self.say(
             f"Plan: {about}{steps:,.0f} steps of {tokens_per_step:,} tokens, {tokens:.3g} tokens in all, "
-            f"{tokens / epoch_tokens:,.1f} epochs; ends {ends:%a %d %b %Y %H:%M}, in {duration(left)}."
+            f"{tokens / epoch_tokens:,.3g} epochs; ends {ends:%a %d %b %Y %H:%M}, in {duration(left)}."
         )
         if left > LONG_SECONDS:
             self.say(

@@ -23,7 +23,7 @@ from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import Progress, newest_whole, restore
-from hf_plm.training.finish import finish, summary_lines
+from hf_plm.training.finish import finish, is_simulated, summary_lines
 from hf_plm.training.meter import Meter
 from hf_plm.training.optim import build_optimizer
 from hf_plm.training.runtime import machine_facts, measure_speed, start_accelerator, stop_on_signals
@@ -179,15 +179,19 @@ def _announce(parts: Parts, meter: Meter, train: Corpus, held_out: Corpus, progr
     dtype = torch.bfloat16 if facts["precision"] == "bf16" else torch.float32
     num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     head_dim = parts.model.config.hidden_size // parts.model.config.num_attention_heads
-    meter.say(
-        f"Model {recipe.model.preset}: {num_parameters:,} parameters. Corpus {train.name}: {len(train):,} sequences, "
-        f"{parts.steps.epoch_tokens:,} tokens an epoch; {len(held_out):,} held out ({held_out.manifest.split_kind})."
-    )
-    meter.say(
-        f"On {facts['processes']} x {facts['device']}, {facts['precision']}, {facts['threads']} threads, attention by "
-        f"{attention_route(parts.accelerator.device, dtype, head_dim)}; a step is {recipe.batch.micro_batches} "
-        f"micro-batches of {recipe.batch.tokens:,} tokens. Run folder: {recipe.run_folder}"
-    )
+    processes, threads = facts["processes"], facts["threads"]
+    rows = {
+        "model": f"{recipe.model.preset}, {num_parameters:,} parameters",
+        "corpus": f"{train.name}, {len(train):,} sequences, {parts.steps.epoch_tokens:,} tokens an epoch",
+        "held out": f"{len(held_out):,} sequences ({held_out.manifest.split_kind})",
+        "machine": f"{processes} x {facts['device']}, {facts['precision']}, {threads} thread{'s' * (threads > 1)}",
+        "attention": attention_route(parts.accelerator.device, dtype, head_dim),
+        "step": f"{recipe.batch.micro_batches} x {recipe.batch.tokens:,} tokens",
+        "run": f"{recipe.run_folder}",
+    }
+    if is_simulated(train):
+        rows["corpus"] += ", simulated"
+    meter.say("\n".join(f"{name:<10} {text}" for name, text in rows.items()))
     idle = torch.cuda.device_count() - parts.accelerator.num_processes if torch.cuda.is_available() else 0
     if idle > 0 and parts.accelerator.num_processes == 1:
         meter.say(

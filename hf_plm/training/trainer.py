@@ -157,11 +157,7 @@ def _validate(parts: Parts, meter: Meter, step: int) -> None:
     assert parts.recipe.validation.sequences is not None
     numbers = parts.validate(parts.recipe.validation.sequences).summary()
     meter.write({"step": step, **numbers})
-    meter.say(
-        f"step {step:,}: validation loss {numbers['validation_loss']:.4f} (context-free "
-        f"{numbers['context_free_loss']:.4f}), masked {numbers['validation_loss_masked']:.4f} (unigram "
-        f"{numbers['unigram_entropy']:.4f}), recovery {numbers['validation_recovery']:.1%}"
-    )
+    meter.say_validation(step, numbers)
 
 
 def _save(parts: Parts, progress: Progress) -> None:
