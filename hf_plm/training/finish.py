@@ -48,7 +48,9 @@ def finish(
         **facts,
     }
     save_hub_folder(model, folder / run_folder.HUB, _card(folder.resolve().name, summary, train))
-    draw_curves(folder / run_folder.METRICS, folder / run_folder.CURVES, f"{folder.name}: {recipe.model.preset}")
+    simulated = " (simulated proteins)" if summary["is_simulated"] else ""
+    title = f"{folder.name}: {recipe.model.preset} on {train.name}{simulated}"
+    draw_curves(folder / run_folder.METRICS, folder / run_folder.CURVES, title)
     write_json(folder / run_folder.SUMMARY, summary)
     return summary
 
