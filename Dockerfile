@@ -19,7 +19,7 @@ COPY hf_plm hf_plm
 COPY launch launch
 COPY accelerate_configs accelerate_configs
 RUN python3 -m venv /opt/hf_plm \
-    && pip install --no-cache-dir --constraint constraints.txt '.[zstd]'
+    && pip install --no-cache-dir --constraint constraints.txt .
 
 USER plm
 WORKDIR /work

@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         help="make a corpus of FASTA files, Parquet or a dataset",
         description="Clean sequences, say what was dropped and why, hold some out; write a Hub-ready dataset.",
     )
-    prepare.add_argument("sources", nargs="+", help=KNOBS["data.train"].meaning)
+    prepare.add_argument("sources", nargs="+", help=_meaning("data.train"))
     prepare.add_argument("--out", required=True, type=Path, help="folder to write")
-    prepare.add_argument("--validation", nargs="+", default=[], help=KNOBS["data.validation"].meaning)
+    prepare.add_argument("--validation", nargs="+", default=[], help=_meaning("data.validation"))
     prepare.add_argument("--test", nargs="+", default=[], help="sequences of the test split")
     for name, choices in (
         ("illegal", ("reject", "x")),
@@ -74,11 +74,13 @@ def _parser() -> argparse.ArgumentParser:
         ("duplicates", ("drop", "keep")),
     ):
         item = KNOBS[f"data.{name}"]
-        prepare.add_argument(f"--{name}", f"--data.{name}", choices=choices, default=item.default, help=item.meaning)
+        prepare.add_argument(
+            f"--{name}", f"--data.{name}", choices=choices, default=item.default, help=_meaning(item.name)
+        )
     item = KNOBS["data.max_rejected"]
-    prepare.add_argument("--max-rejected", f"--{item.name}", type=float, default=item.default, help=item.meaning)
+    prepare.add_argument("--max-rejected", f"--{item.name}", type=float, default=item.default, help=_meaning(item.name))
     item = KNOBS["data.sequence_column"]
-    prepare.add_argument("--sequence-column", f"--{item.name}", help=item.meaning)
+    prepare.add_argument("--sequence-column", f"--{item.name}", help=_meaning(item.name))
     prepare.set_defaults(run=_prepare)
 
     inspect = commands.add_parser(
@@ -101,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--seed", type=int, default=29, help="another seed, other families (29)")
     simulate.set_defaults(run=_simulate)
     return parser
+
+
+def _meaning(name: str) -> str:
+    return KNOBS[name].meaning.replace("%", "%%")  # argparse formats help texts
 
 
 def _knob_table() -> str:

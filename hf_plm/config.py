@@ -164,9 +164,7 @@ class Recipe:
 def _plain(recipe: Recipe, section: str, name: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
-    if value is None and int in typing.get_args(KNOBS[f"{section}.{name}"].type):
-        return "auto"
-    return value
+    return "auto" if value is None and KNOBS[f"{section}.{name}"].may_be_auto else value
 
 
 @dataclass(frozen=True)
@@ -176,6 +174,11 @@ class Knob:
     default: Any
     meaning: str
     may_change: bool
+
+    @property
+    def may_be_auto(self) -> bool:
+        """Whether `auto` leaves the choice to the machine."""
+        return self.default == "auto" or (isinstance(self.type, types.UnionType) and int in typing.get_args(self.type))
 
 
 def _all_knobs() -> dict[str, Knob]:
@@ -212,6 +215,19 @@ def _suggestion(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}."
 
 
+def _whole_number(value: Any) -> int:
+    """500000, "500_000" and "5e5" alike; digits are never sent through a float, which would round long ones."""
+    if isinstance(value, bool):
+        raise ValueError
+    try:
+        return int(str(value))
+    except ValueError:
+        number = float(str(value))
+        if not number.is_integer():
+            raise ValueError from None
+        return int(number)
+
+
 def _convert(name: str, value: Any, where: str) -> Any:
     """The value of a knob from YAML or from a flag's text, checked against the knob's type."""
     wanted = KNOBS[name].type
@@ -230,10 +246,7 @@ def _convert(name: str, value: Any, where: str) -> Any:
                 return value
             return {"true": True, "false": False}[str(value).lower()]
         if wanted is int:
-            number = float(str(value).replace("_", ""))
-            if isinstance(value, bool) or not number.is_integer():
-                raise ValueError
-            return int(number)
+            return _whole_number(value)
         if wanted is float:
             if isinstance(value, bool):
                 raise ValueError
@@ -324,6 +337,21 @@ _MUST_BE_POSITIVE = (
 )
 
 
+_RANGES = {
+    "data.max_rejected": (0, 1),
+    "data.workers": (0, 1024),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.999999),
+    "optimizer.epsilon": (1e-30, 1),
+    "optimizer.weight_decay": (0, 10),
+    "optimizer.clip": (0, 1e9),
+    "schedule.warmup": (0, 10**9),
+    "schedule.decay_share": (1e-6, 1),
+    "schedule.final_ratio": (0, 1),
+    "run.seed": (0, 2**32 - 1),
+}
+
+
 def _check(recipe: Recipe) -> None:
     def require(is_right: bool, sentence: str) -> None:
         if not is_right:
@@ -355,8 +383,9 @@ def _check(recipe: Recipe) -> None:
     for tracker in recipe.run.trackers:
         known = ("tensorboard", "wandb", "trackio")
         require(tracker in known, f"run.trackers knows {', '.join(known)} and none, not {tracker!r}.")
-    require(0 <= recipe.data.max_rejected <= 1, f"data.max_rejected is a share, not {recipe.data.max_rejected}.")
-    require(0 < recipe.schedule.decay_share <= 1, "schedule.decay_share is a share above 0 and at most 1.")
-    require(recipe.run.seed >= 0, f"run.seed must not be negative, not {recipe.run.seed}.")
+    for name, (low, high) in _RANGES.items():
+        section, knob_name = name.split(".")
+        value = getattr(getattr(recipe, section), knob_name)
+        require(value is None or low <= value <= high, f"{name} must lie between {low:g} and {high:g}, not {value}.")
     if recipe.schedule.budget is not None:
         parse_duration(recipe.schedule.budget)

@@ -16,6 +16,7 @@ from hf_plm.training.checkpoint import (
     read_state,
     restore,
     save_checkpoint,
+    sweep,
 )
 
 
@@ -80,6 +81,50 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, damage: st
     assert state["progress"]["step"] == 10
     assert len(complaints) == 1
     assert "is damaged" in complaints[0]
+    assert (tmp_path / "damaged-step-00000020").is_dir()
+    save(tmp_path, 15, keep=1)
+    assert list_checkpoints(tmp_path) == [tmp_path / "step-00000015"]
+
+
+def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path) -> None:
+    (save(tmp_path, 10) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step-00000010: .* bring one back from a copy"):
+        newest_whole(tmp_path)
+    assert (tmp_path / "step-00000010").is_dir()
+    assert newest_whole(tmp_path / "nothing") == (None, {}, [])
+
+
+def test_what_is_being_written_is_never_evicted(tmp_path: Path) -> None:
+    """A run that went back to step 10 saves 15 while a 30 of its earlier life is there."""
+    save(tmp_path, 30)
+    save(tmp_path, 15, keep=1)
+    assert list_checkpoints(tmp_path) == [tmp_path / "step-00000015"]
+
+
+def test_restored_moments_are_not_views_of_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path, 10)
+    model, optimizer = model_and_optimizer(1)
+    restore(path, read_state(path), model, optimizer)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(path) not in maps.read_text()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model, optimizer = model_and_optimizer(0)
+    save(tmp_path, 10)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("inf"))
+    with pytest.raises(UserError, match=r"After step 19 the weights 0\.weight are not finite"):
+        save_checkpoint(tmp_path, Progress(20), model, optimizer, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_leftovers_of_a_killed_run_are_swept(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / ".partial-step-00000020").mkdir()
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
 def test_half_a_save_is_invisible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

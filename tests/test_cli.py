@@ -38,6 +38,14 @@ def test_help_of_pretrain_names_every_knob() -> None:
     assert all(f"--{name} " in done.stdout for name in KNOBS)
 
 
+@pytest.mark.parametrize("command", ["pretrain", "prepare", "inspect", "simulate"])
+def test_each_subcommand_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "1%%" not in capsys.readouterr().out
+
+
 def test_version() -> None:
     from hf_plm import __version__
 
@@ -50,7 +58,7 @@ def test_a_misspelt_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixt
 
 
 def test_a_run_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--run.folder" in complaint(capsys, "pretrain", "demo", "--data.train", "x.fasta")
+    assert "--run.folder" in complaint(capsys, "pretrain", "mine", "--data.train", "x.fasta")
 
 
 @pytest.mark.parametrize(

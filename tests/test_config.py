@@ -64,6 +64,10 @@ def test_a_recipe_survives_its_own_yaml(tmp_path: Path) -> None:
         ("schedule: {budget: tomorrow}", "A duration such as 30m"),
         ("schedule: {steps: 0}", "schedule.steps must be above 0"),
         ("run: {trackers: [tensorbord]}", "run.trackers knows"),
+        ("optimizer: {clip: -1}", "optimizer.clip must lie between 0 and"),
+        ("optimizer: {beta1: 1.5}", "optimizer.beta1 must lie between"),
+        ("run: {seed: 4294967296}", "run.seed must lie between"),
+        ("schedule: {warmup: -5}", "schedule.warmup must lie between"),
         ("data: {illegal: ignore}", "data.illegal is one of reject, x"),
     ],
 )
@@ -97,6 +101,12 @@ def test_flags_as_people_write_them() -> None:
     assert recipe.model.activation_checkpointing is True
     assert recipe.budget_seconds == 5400
     assert recipe.run.trackers == ()
+
+
+def test_whole_numbers_are_not_rounded(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "schedule: {steps: 9007199254740993}")
+    assert load_recipe(path).schedule.steps == 9007199254740993
+    assert load_recipe(path, {"schedule.steps": "5e5"}).schedule.steps == 500_000
 
 
 def test_an_unknown_recipe_is_named_with_a_suggestion() -> None:

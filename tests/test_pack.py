@@ -37,7 +37,7 @@ def test_best_fit_takes_a_prefix_and_overfills_nothing(lengths: list[int], num_b
 
 
 def test_best_fit_chooses_the_tightest_bin() -> None:
-    """60 leaves 40; 30 goes there and not into the empty bin. The twin, first come first served, would differ."""
+    """60 and 70 leave 40 and 30: 30 goes where it leaves nothing. The twin, first fit, would put it beside 60."""
     assert best_fit(iter([60, 70, 30, 40]), 100, 2) == [[0, 3], [1, 2]]
 
 

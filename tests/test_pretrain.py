@@ -2,17 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import hf_plm
-from hf_plm.config import UserError
+from hf_plm import build_model, esm_config
+from hf_plm.config import Mask, UserError
+from hf_plm.data.corpus import open_corpus
+from hf_plm.data.loader import Steps
+from hf_plm.data.order import Cursor
+from hf_plm.data.pack import Packing
+from hf_plm.models.objective import PackedMaskedLM
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -72,6 +81,7 @@ def test_a_run_leaves_what_it_promises(whole_run: tuple[Path, str]) -> None:
     assert list((folder / "tensorboard").iterdir())
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob(".partial-*"))
+    assert [line["step"] for line in validation if line.get("final")] == [24]
 
 
 def test_plain_transformers_opens_the_folder(whole_run: tuple[Path, str]) -> None:
@@ -92,10 +102,14 @@ def test_plain_transformers_opens_the_folder(whole_run: tuple[Path, str]) -> Non
 
 def test_a_finished_run_says_so_and_does_nothing(whole_run: tuple[Path, str], family_fasta: Path) -> None:
     folder, _ = whole_run
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+    before = times()
     output = finished(launch(folder, family_fasta))
     assert "Finished: 24 steps" in output
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert times() == before
 
 
 def wait_for_step(folder: Path, step: int) -> None:
@@ -107,20 +121,50 @@ def wait_for_step(folder: Path, step: int) -> None:
     raise AssertionError(f"step {step} never came")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("how", "step", "workers"),
+    [(signal.SIGKILL, 8, 0), (signal.SIGTERM, 8, 2), (signal.SIGTERM, 5, 0)],  # 6 is a step of a validation
+)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path, how: signal.Signals
+    whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path, how: signal.Signals, step: int, workers: int
 ) -> None:
     """Bit for bit: losses, gradient norms and validation after a kill are those of the run that was left alone."""
     folder = tmp_path / "stopped"
-    process = launch(folder, family_fasta)
-    wait_for_step(folder, 8)
+    process = launch(folder, family_fasta, "--data.workers", str(workers))
+    wait_for_step(folder, step)
     os.killpg(process.pid, how)
-    process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert not (folder / "summary.json").exists()
+    if how == signal.SIGTERM:
+        assert re.search(r"Stopped by SIGTERM after step \d+; the same command goes on from there", output)
+        assert "Traceback" not in output
     output = finished(launch(folder, family_fasta))
     assert "Going on from" in output
     assert numbers(folder) == numbers(whole_run[0])
+
+
+def test_a_run_killed_while_it_finishes_has_each_line_once(
+    whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_plm.training.finish.draw_curves", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(family_fasta, tmp_path / "run")
+    run_here(family_fasta, tmp_path / "run")
+    assert numbers(tmp_path / "run") == numbers(whole_run[0])
+
+
+def test_two_processes_do_not_share_a_folder(family_fasta: Path, tmp_path: Path) -> None:
+    from hf_plm.training.run_folder import take
+
+    with take(tmp_path / "run"):
+        process = launch(tmp_path / "run", family_fasta)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert f"Process {os.getpid()} runs in {tmp_path / 'run'} already" in output
 
 
 def test_twin_another_seed_has_other_numbers(whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path) -> None:
@@ -138,21 +182,55 @@ def run_here(fasta: Path, folder: Path, **knobs: str) -> hf_plm.Result:
     )
 
 
-def test_accumulation_gives_the_global_mean(family_fasta: Path, tmp_path: Path) -> None:
-    """Four micro-batches of 256 tokens in a step: the loss is that of all targets, in one optimizer update."""
+def test_the_gradient_is_that_of_the_mean_over_all_targets_of_a_step(family_fasta: Path, tmp_path: Path) -> None:
+    """Step 0 over four micro-batches, against sums and one division written out here."""
     result = run_here(
         family_fasta, tmp_path / "run", batch__micro_batches="4", batch__tokens="256", schedule__steps="3"
     )
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    corpus = open_corpus(stored["corpus"]["folder"])
+    step = next(iter(Steps(corpus, Packing(128, 256, 4, 0), Mask(), 0, Cursor())))
+    module = PackedMaskedLM(build_model(esm_config("demo"), seed=0))
+    loss_sum, num_targets = torch.zeros(()), 0
+    for batch in step.micro_batches:
+        tensors = (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        loss_sum = loss_sum + module(*tensors)[0]
+        num_targets += batch.num_targets
+    loss = loss_sum / num_targets
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    line = numbers(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    # The twin: the mean of the micro-batches' means is another number.
+    counts = [batch.num_targets for batch in step.micro_batches]
+    assert max(counts) > min(counts)
     assert result.summary["steps"] == 3
-    assert 3 * 900 < result.summary["tokens"] <= 3 * 1024
     assert type(result.model).__name__ == "EsmForMaskedLM"
 
 
+def count_layer_calls(run: Callable[[], object]) -> int:
+    calls = []
+
+    def count(module: torch.nn.Module, *_: object) -> None:
+        if type(module).__name__ == "EsmIntermediate" and torch.is_grad_enabled():
+            calls.append(1)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    run()
+    hook.remove()
+    return len(calls)
+
+
 def test_activation_checkpointing_changes_no_number(family_fasta: Path, tmp_path: Path) -> None:
-    run_here(family_fasta, tmp_path / "plain", schedule__steps="4")
-    run_here(family_fasta, tmp_path / "recomputed", schedule__steps="4", model__activation_checkpointing="true")
-    plain, recomputed = numbers(tmp_path / "plain"), numbers(tmp_path / "recomputed")
-    assert [line.get("loss") for line in plain] == pytest.approx([line.get("loss") for line in recomputed], abs=1e-5)
+    """Each layer runs a second time in the backward pass, and the losses stay."""
+    plain = count_layer_calls(lambda: run_here(family_fasta, tmp_path / "plain", schedule__steps="4"))
+    recomputed = count_layer_calls(
+        lambda: run_here(family_fasta, tmp_path / "again", schedule__steps="4", model__activation_checkpointing="true")
+    )
+    assert recomputed == 2 * plain
+    losses = [[line.get("loss") for line in numbers(tmp_path / name)] for name in ("plain", "again")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_bf16_and_a_wall_clock_budget(family_fasta: Path, tmp_path: Path) -> None:
@@ -175,9 +253,10 @@ def test_bf16_and_a_wall_clock_budget(family_fasta: Path, tmp_path: Path) -> Non
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(family_fasta: Path, tmp_path: Path) -> None:
     knobs = {"optimizer__learning_rate": "1e30", "checkpoint__every": "1", "schedule__steps": "9"}
-    with pytest.raises(UserError, match=r"loss of step \d+ is nan .* hf-plm inspect .* --step \d+ shows"):
+    with pytest.raises(
+        UserError, match=r"loss of step \d+ is nan .* hf-plm inspect .* --step \d+ shows|weights .* are not finite"
+    ):
         run_here(family_fasta, tmp_path / "run", **knobs)
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -198,6 +277,21 @@ def test_a_run_folder_of_other_sequences_is_refused(whole_run: tuple[Path, str],
     write_simulated_fasta(other, num_families=2, members_per_family=60, seed=9)
     with pytest.raises(UserError, match=r"other sequences than data\.train names now"):
         run_here(other, whole_run[0])
+
+
+def test_other_validation_sequences_are_refused(
+    whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.fasta").write_text(">a\nMKVLAA\n>b\nMKWLAAC\n")
+    with pytest.raises(UserError, match=r"other sequences than data\.(train|validation) names now"):
+        run_here(family_fasta, whole_run[0], data__validation=str(tmp_path / "own.fasta"))
+
+
+def test_without_masked_targets_there_is_still_a_run(family_fasta: Path, tmp_path: Path) -> None:
+    knobs = {"mask__mask": "0", "mask__random": "0.5", "schedule__steps": "3"}
+    result = run_here(family_fasta, tmp_path / "run", **knobs)
+    assert result.summary["validation_loss_masked"] is None
+    assert (tmp_path / "run" / "curves.png").exists()
 
 
 def test_a_folder_of_something_else_is_refused(family_fasta: Path, tmp_path: Path) -> None:

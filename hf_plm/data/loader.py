@@ -5,6 +5,7 @@ processes yields the same steps, and resuming is starting at another step and cu
 w, w + W, ... and plans the ones between from lengths alone, which costs about a microsecond per sequence.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -87,8 +88,16 @@ def count_tokens(corpus: Corpus, crop: int) -> int:
 
 
 def load_steps(steps: Steps, num_workers: int, pin_memory: bool) -> Iterator[Step]:
-    loader: DataLoader[Step] = DataLoader(steps, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+    loader: DataLoader[Step] = DataLoader(
+        steps, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=_leave_signals_to_main
+    )
     return iter(loader)
+
+
+def _leave_signals_to_main(worker_id: int) -> None:
+    """A scheduler signals the whole group, and a worker that died of it would take the unfinished step with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def validation_windows(corpus: Corpus, crop: int, num_sequences: int, seed: int) -> tuple[Windows, np.ndarray]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hf_plm.config import Mask
+from hf_plm.config import Mask, UserError
 from hf_plm.data.pack import MicroBatch
 from hf_plm.proteins.vocabulary import MASK_ID, STANDARD_IDS, VOCABULARY_SIZE
 
@@ -115,5 +115,7 @@ def evaluate(
         )
         parts.append((losses.astype(np.float64), is_correct, labels, input_ids, windows[sequences]))
     module.train(was_training)
+    if not any(len(part[0]) for part in parts):
+        raise UserError("The held-out sequences have not one target; give more of them with --data.validation.")
     losses, is_correct, labels, inputs, sequences = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return Evaluation(losses, is_correct, labels, inputs, sequences, num_sequences, mask)

@@ -80,6 +80,7 @@ def packed_hidden_states(
         position_ids=position_ids_T[None],
         packing=Packing(cu_seqlens, max_seqlen, lengths),
         output_hidden_states=output_hidden_states,
+        use_cache=False,  # an encoder has none, but transformers would warn of it where activations are recomputed
     )
     if output_hidden_states:
         return tuple(hidden_1TD[0] for hidden_1TD in outputs.hidden_states)

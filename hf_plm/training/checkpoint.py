@@ -21,7 +21,7 @@ from hf_plm.config import UserError
 from hf_plm.data.order import Cursor
 
 FORMAT = 1
-_PREFIX = "step-"
+_PREFIX, _PARTIAL, _DAMAGED = "step-", ".partial-", "damaged-"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -54,11 +54,16 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-NNNNNNNN` and drop all but the newest `keep`. `facts` are recorded and compared at resume."""
     final = folder / checkpoint_name(progress.step)
-    partial = folder / f".partial-{final.name}"
+    partial = folder / f"{_PARTIAL}{final.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         weights = {name: p.detach().float().contiguous().cpu() for name, p in model.named_parameters()}
+        if strange := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise UserError(
+                f"After step {progress.step - 1} the weights {strange[0]} are not finite: the run stopped, the last "
+                "checkpoint is kept; a lower --optimizer.learning_rate in a new run often avoids it."
+            )
         save_file(weights, partial / "model.safetensors")
         save_file(_moments(model, optimizer), partial / "optimizer.safetensors")
         hashes = {path.name: sync_and_hash(path) for path in sorted(partial.iterdir())}
@@ -68,16 +73,27 @@ def save_checkpoint(
             shutil.rmtree(final)
         partial.rename(final)
         sync_folder(folder)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"The checkpoint of step {progress.step} could not be written to {folder}: {error.strerror}; "
             "the checkpoints before it are whole, so free space or fix the folder, and run the same command again."
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        doomed = old.rename(folder / f".partial-{old.name}")
+    others = [path for path in list_checkpoints(folder) if path != final]
+    for old in others[: max(0, len(others) - keep + 1)]:
+        # Renamed first, so that a kill in the middle of the removal does not leave half a checkpoint under its name.
+        doomed = old.rename(folder / f"{_PARTIAL}{old.name}")
         shutil.rmtree(doomed, ignore_errors=True)
     return final
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -93,6 +109,10 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint whose files are all as they were written; raises ValueError or OSError otherwise."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    if state["format"] > FORMAT:
+        raise UserError(
+            f"{checkpoint} has checkpoint format {state['format']}, newer than this version's {FORMAT}; update hf_plm."
+        )
     for name, written in state["sha256"].items():
         if _sha256(checkpoint / name) != written:
             raise ValueError(f"{name} is not as it was written")
@@ -100,21 +120,32 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, its state, and a sentence for each newer one that is not."""
-    complaints = []
+    """The newest checkpoint that is whole, its state, and a sentence for each newer one, which is put aside.
+
+    None where there is no checkpoint at all. Raises `UserError` where there are some and none is whole: starting from
+    nothing would throw away what may still be brought back.
+    """
+    damaged = []
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
             state = read_state(checkpoint)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError) as error:
-            complaints.append(f"The checkpoint {checkpoint} is damaged ({error}); the one before it is used.")
+            damaged.append((checkpoint, error))
             continue
-        if state["format"] > FORMAT:
-            raise UserError(
-                f"{checkpoint} has checkpoint format {state['format']}, newer than this version's {FORMAT}; "
-                "update hf_plm."
-            )
+        complaints = []
+        for path, fault in damaged:
+            aside = path.rename(folder / f"{_DAMAGED}{path.name}")
+            complaints.append(f"The checkpoint {path} is damaged ({fault}); it is now called {aside.name}.")
         return checkpoint, state, complaints
-    return None, {}, complaints
+    if damaged:
+        path, fault = damaged[0]
+        raise UserError(
+            f"No checkpoint in {folder} is whole ({path.name}: {fault}), so the run cannot go on; "
+            "bring one back from a copy, or give a new --run.folder."
+        )
+    return None, {}, []
 
 
 def restore(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -133,7 +164,8 @@ def restore(checkpoint: Path, state: dict[str, Any], model: nn.Module, optimizer
                 # Counters of fused AdamW live on the device; those of the plain one must stay on the CPU.
                 is_fused = optimizer.defaults.get("fused")
                 optimizer.state[parameter] = {
-                    key: tensor if key == "step" and not is_fused else tensor.to(parameter.device)
+                    # A copy: what was loaded is a view of the file, which will be removed one day.
+                    key: tensor.clone() if key == "step" and not is_fused else tensor.to(parameter.device, copy=True)
                     for key, tensor in own.items()
                 }
     saved = state["progress"]

@@ -44,14 +44,17 @@ def draw_curves(metrics: Path, png: Path, title: str) -> None:
         ):
             losses.plot(at, column(validation, name), color=colour, marker="o", markersize=3, label=label)
         last = validation[-1]
+        baselines = []
         for name, colour, label in (
             ("context_free_loss", ORANGE, "context-free loss"),
             ("unigram_entropy", GREEN, "unigram entropy"),
         ):
-            losses.axhline(last[name], color=colour, linestyle="--", linewidth=1, label=f"{label} {last[name]:.3f}")
-        shown = np.concatenate([smooth, column(validation, "validation_loss"), [last["unigram_entropy"]]])
-        span = shown.max() - shown.min()
-        losses.set_ylim(shown.min() - 0.08 * span, min(shown.max(), last["unigram_entropy"] + 0.4) + 0.08 * span)
+            if last[name] is not None:  # as it is where no target is masked
+                baselines.append(last[name])
+                losses.axhline(last[name], color=colour, linestyle="--", linewidth=1, label=f"{label} {last[name]:.3f}")
+        shown = np.concatenate([smooth, column(validation, "validation_loss"), baselines])
+        low, high = np.nanmin(shown), min(np.nanmax(shown), max(baselines) + 0.4)
+        losses.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     figure.suptitle(title, fontsize=11)
     losses.set(xlabel="million tokens", ylabel="nats per target")
     losses.legend(frameon=False, fontsize=8)

@@ -26,11 +26,11 @@ def finish(
     held_out: Corpus,
     facts: dict[str, Any],
     meter: Meter,
-) -> dict[str, Any]:
+) -> None:
     """Write everything that a finished run leaves; summary.json last, because its presence means finished."""
     folder = recipe.run_folder
     numbers = evaluation.summary()
-    meter.write({"step": progress.step, **numbers})
+    meter.write({"step": progress.step, **numbers, "final": True})
     summary = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -45,14 +45,23 @@ def finish(
         "corpus_name": train.name,
         "corpus_sequences": len(train),
         "is_simulated": is_simulated(train),
+        "corpus": train.fingerprint,
         **facts,
     }
     save_hub_folder(model, folder / run_folder.HUB, _card(folder.resolve().name, summary, train))
     simulated = " (simulated proteins)" if summary["is_simulated"] else ""
     title = f"{folder.name}: {recipe.model.preset} on {train.name}{simulated}"
     draw_curves(folder / run_folder.METRICS, folder / run_folder.CURVES, title)
-    write_json(folder / run_folder.SUMMARY, summary)
-    return summary
+    write_json(folder / run_folder.SUMMARY, _without_nan(summary))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be measured, for want of targets, is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if value != value else value
 
 
 def is_simulated(corpus: Corpus) -> bool:
@@ -84,11 +93,13 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> str:
 
     def row(name: str, loss: str, baseline: str, margin: str) -> str:
         value, low, high = summary[margin]
+        if value is None:
+            return f"  {name:<16}{'-':>8}"
         return (
             f"  {name:<16}{summary[loss]:>8.4f}{summary[baseline]:>17.4f}    {value:+.4f} ({low:+.4f} to {high:+.4f})"
         )
 
-    has_learned = summary["margin_context_free"][1] > 0 and summary["margin_unigram_masked"][1] > 0
+    has_learned = all((summary[margin][1] or 0) > 0 for margin in ("margin_context_free", "margin_unigram_masked"))
     verdict = "it has learned from context" if has_learned else "not yet: both have to be above zero"
     simulated = ", all simulated" if summary["is_simulated"] else ""
     hub = folder / run_folder.HUB

@@ -7,7 +7,7 @@ import yaml
 from tqdm import tqdm
 
 from hf_plm.config import UserError
-from hf_plm.data.corpus import Corpus
+from hf_plm.data.corpus import Corpus, open_corpus
 from hf_plm.data.manifest import is_corpus, read_manifest, report
 from hf_plm.data.order import Cursor
 from hf_plm.data.pack import Packing, StepPlan, build_micro_batch, plan_step
@@ -41,7 +41,10 @@ def _nearest_cursor(folder: Path, step: int) -> tuple[int, Cursor]:
     best, cursor = 0, Cursor()
     metrics = folder / run_folder.METRICS
     for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last line of a run that was killed
+            continue
         if "place" in line and best < line["step"] - 1 <= step:
             best, cursor = line["step"] - 1, Cursor(line["epoch"], line["place"])
     return best, cursor
@@ -55,13 +58,11 @@ def plan_of_step(corpus: Corpus, packing: Packing, step: int, known: int, cursor
 
 
 def _describe(folder: Path, step: int) -> str:
-    from hf_plm.training.pretrain import open_corpora
-
     stored = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
-    fingerprint = stored.pop("corpus")["fingerprint"]
+    known = stored.pop("corpus")
     recipe = run_folder.from_stored(stored)
-    corpus, _ = open_corpora(recipe)
-    if corpus.fingerprint != fingerprint:
+    corpus = open_corpus(known["folder"])
+    if corpus.fingerprint != known["train"]:
         raise UserError(f"The corpus of {folder} has changed since; what step {step} held cannot be shown.")
     assert recipe.batch.micro_batches is not None
     packing = Packing(recipe.data.crop, recipe.batch.tokens, recipe.batch.micro_batches, recipe.run.seed)

@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar, one JSON line per log step, trackers, and a plan after ten steps."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from tqdm import tqdm
 
 from hf_plm.config import Recipe, UserError
+from hf_plm.training.checkpoint import write_text
 
 PLAN_AFTER_STEPS = 10
 LONG_SECONDS = 3 * 86400
@@ -33,19 +35,18 @@ def duration(seconds: float) -> str:
 
 
 def keep_lines_until(path: Path, step: int) -> None:
-    """Drop metrics of steps after `step`, which a resumed run will do again, and a last line cut by a crash."""
+    """Drop what a resumed run will write again: steps after `step`, the final validation; and a torn last line."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            content = json.loads(line)
+            if content["step"] <= step and not content.get("final"):
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def open_trackers(recipe: Recipe, folder: Path, step: int) -> list[GeneralTracker]:
@@ -59,7 +60,9 @@ def open_trackers(recipe: Recipe, folder: Path, step: int) -> list[GeneralTracke
         if name == "tensorboard":
             trackers.append(TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1))
         elif name == "wandb":
-            trackers.append(WandBTracker("hf_plm", name=folder.name, resume="allow", id=folder.name, dir=folder))
+            # The same folder is the same run there, and two folders of one name are two.
+            unique = f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+            trackers.append(WandBTracker("hf_plm", name=folder.name, resume="allow", id=unique, dir=folder))
         else:
             trackers.append(TrackioTracker("hf_plm", name=folder.name, resume="allow"))
     for tracker in trackers:
@@ -123,7 +126,9 @@ class Meter:
     def write(self, line: Mapping[str, Any]) -> None:
         if not self.is_main:
             return
-        self.file.write(json.dumps(line) + "\n")
+        # JSON has no NaN; a loss that cannot be had, for want of targets, is null.
+        plain = {key: None if value != value else value for key, value in line.items()}
+        self.file.write(json.dumps(plain) + "\n")
         self.file.flush()
         values = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
         for tracker in self.trackers:
@@ -182,12 +187,16 @@ class Meter:
                 "--schedule.steps N shortens it to N steps (both start a new run: give it a new --run.folder)."
             )
 
+    def sync(self) -> None:
+        """Lines on disk before the checkpoint that counts on them."""
+        if self.is_main:
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         if not self.is_main:
             return
         self.bar.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.sync()
         self.file.close()
         for tracker in self.trackers:
             tracker.finish()

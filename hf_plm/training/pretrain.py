@@ -1,6 +1,7 @@
 """A run from recipe to Hub folder: everything around the loop."""
 
 import math
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hf_plm.models.objective import PackedMaskedLM
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
-from hf_plm.training.checkpoint import Progress, newest_whole, restore
+from hf_plm.training.checkpoint import Progress, newest_whole, restore, sweep
 from hf_plm.training.finish import finish, is_simulated, summary_lines
 from hf_plm.training.meter import Meter
 from hf_plm.training.optim import build_optimizer
@@ -47,29 +48,41 @@ def pretrain(recipe: Recipe) -> Result:
     Raises `UserError` for the user's mistakes and `StoppedError` when a signal ended the run early.
     """
     accelerator = start_accelerator(recipe)
-    folder = recipe.run_folder
-    with accelerator.main_process_first():
-        run_folder.make(folder)
-        train, held_out = open_corpora(recipe)
-    earlier = run_folder.stored_recipe(recipe, train.fingerprint)
-    recipe = earlier or recipe
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            held.enter_context(run_folder.take(recipe.run_folder))
+        with accelerator.main_process_first():
+            train, held_out = open_corpora(recipe)
+        earlier = run_folder.stored_recipe(recipe, train, held_out)
+        if run_folder.read_summary(recipe.run_folder) is None:
+            _run(recipe, earlier, accelerator, train, held_out)
+        accelerator.wait_for_everyone()
+        summary = run_folder.read_summary(recipe.run_folder)
+        assert summary is not None
+        accelerator.print(summary_lines(summary, recipe.run_folder))
+        model, tokenizer = load_hub_folder(recipe.run_folder / run_folder.HUB)
+        accelerator.end_training()
+    return Result(model, tokenizer, recipe.run_folder / run_folder.HUB, summary)
 
+
+def _run(asked: Recipe, earlier: Recipe | None, accelerator: Accelerator, train: Corpus, held_out: Corpus) -> None:
+    """Train to the end and leave everything that a finished run leaves."""
+    recipe = earlier or asked
+    folder = recipe.run_folder
     set_seed(recipe.run.seed)  # nothing of ours draws from it; it holds what a library might
     model = build_model(esm_config(recipe.model.preset, token_dropout=recipe.model.token_dropout), recipe.run.seed)
     if recipe.model.activation_checkpointing:
         _recompute_activations(model)
     module = PackedMaskedLM(model.to(accelerator.device))
-    if (summary := run_folder.read_summary(folder)) is not None:
-        return _finished(recipe, accelerator, model, summary)
-
-    recipe = _resolve(recipe, accelerator, module, train, held_out) if earlier is None else recipe
+    if earlier is None:
+        recipe = _resolve(recipe, accelerator, module, train, held_out)
+        if accelerator.is_main_process:
+            run_folder.write_config(recipe, train, held_out)
     assert recipe.batch.micro_batches is not None
-    if accelerator.is_main_process:
-        run_folder.write_config(recipe, train.name, train.fingerprint)
     accelerator.gradient_accumulation_steps = math.ceil(recipe.batch.micro_batches / accelerator.num_processes)
 
     optimizer = build_optimizer(module, recipe.optimizer)
-    facts = machine_facts(accelerator) | {"corpus": train.fingerprint}
+    facts = machine_facts(accelerator)
     progress = _resume(folder, accelerator, model, optimizer, facts)
     wrapped, prepared = accelerator.prepare(module, optimizer)
 
@@ -82,22 +95,16 @@ def pretrain(recipe: Recipe) -> Result:
         batches = validation_micro_batches(held_out, *chosen, recipe.batch.tokens, recipe.run.seed, recipe.mask)
         return evaluate(wrapped, batches, len(chosen[0]), recipe.mask, accelerator.device)
 
-    meter = Meter(recipe, folder, progress.step, progress.seconds, accelerator.is_main_process)
-    try:
-        with stop_on_signals() as request:
-            parts = Parts(recipe, accelerator, wrapped, model, prepared, steps, validate, facts, request)
-            _announce(parts, meter, train, held_out, progress)
-            progress = run_steps(parts, meter, progress)
-            evaluation = validate(recipe.validation.final_sequences)
-            if accelerator.is_main_process:
-                summary = finish(recipe, model, progress, evaluation, train, held_out, facts, meter)
-                meter.bar.close()
-                meter.say(summary_lines(summary, folder))
-    finally:
-        meter.close()
-        accelerator.end_training()
-    accelerator.wait_for_everyone()
-    return _finished(recipe, accelerator, model, run_folder.read_summary(folder) or {}, is_trained=True)
+    with (
+        closing(Meter(recipe, folder, progress.step, progress.seconds, accelerator.is_main_process)) as meter,
+        stop_on_signals() as request,
+    ):
+        parts = Parts(recipe, accelerator, wrapped, model, prepared, steps, validate, facts, request)
+        _announce(parts, meter, train, held_out)
+        progress = run_steps(parts, meter, progress)
+        evaluation = validate(recipe.validation.final_sequences)
+        if accelerator.is_main_process:
+            finish(recipe, model, progress, evaluation, train, held_out, facts, meter)
 
 
 def _recompute_activations(model: EsmForMaskedLM) -> None:
@@ -125,7 +132,13 @@ def open_corpora(recipe: Recipe) -> tuple[Corpus, Corpus]:
         max_rejected=data.max_rejected,
         sequence_column=data.sequence_column,
     )
-    return open_corpus(folder, "train"), open_corpus(folder, "validation")
+    train = open_corpus(folder, "train")
+    if "validation" not in train.manifest.splits:
+        raise UserError(
+            f"The corpus {train.name} has {len(train):,} sequences, too few to hold some out; "
+            "give more, or others to validate on with --data.validation."
+        )
+    return train, open_corpus(folder, "validation")
 
 
 def _resolve(
@@ -140,14 +153,18 @@ def _resolve(
         speed = measure_speed(accelerator, module, train, recipe)
     mean_tokens = count_tokens(held_out, recipe.data.crop) / len(held_out)
     resolved = resolve(recipe, speed, epoch_tokens, mean_tokens, is_cpu)
+    resolved = resolved.replace(run__precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32")
     assert resolved.batch.micro_batches is not None
     step_tokens = resolved.batch.micro_batches * resolved.batch.tokens
     if epoch_tokens < step_tokens:
-        fits = max(1, epoch_tokens // resolved.batch.tokens)
-        knob, value = ("micro_batches", fits) if epoch_tokens >= resolved.batch.tokens else ("tokens", epoch_tokens)
+        micro_batches = epoch_tokens // resolved.batch.tokens
+        smaller = f"--batch.micro_batches {micro_batches}"
+        if not micro_batches:
+            crop = min(epoch_tokens, recipe.data.crop)
+            smaller = f"--batch.micro_batches 1 --batch.tokens {epoch_tokens} --data.crop {crop}"
         raise UserError(
             f"The corpus {train.name} has {epoch_tokens:,} tokens to train on, fewer than one step takes "
-            f"({step_tokens:,}); give a smaller step, such as --batch.{knob} {value}, or more sequences."
+            f"({step_tokens:,}); give a smaller step, such as {smaller}, or more sequences."
         )
     return resolved
 
@@ -159,6 +176,8 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     facts: dict[str, Any],
 ) -> Progress:
+    if accelerator.is_main_process:
+        sweep(folder / run_folder.CHECKPOINTS)
     checkpoint, state, complaints = newest_whole(folder / run_folder.CHECKPOINTS)
     for complaint in complaints:
         accelerator.print(complaint)
@@ -174,7 +193,7 @@ def _resume(
     return progress
 
 
-def _announce(parts: Parts, meter: Meter, train: Corpus, held_out: Corpus, progress: Progress) -> None:
+def _announce(parts: Parts, meter: Meter, train: Corpus, held_out: Corpus) -> None:
     recipe, facts = parts.recipe, parts.facts
     dtype = torch.bfloat16 if facts["precision"] == "bf16" else torch.float32
     num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
@@ -198,13 +217,3 @@ def _announce(parts: Parts, meter: Meter, train: Corpus, held_out: Corpus, progr
             f"{idle} more GPUs are idle; use them all with: accelerate launch --multi_gpu "
             f"--num_processes {idle + 1} -m hf_plm.cli pretrain ..."
         )
-
-
-def _finished(
-    recipe: Recipe, accelerator: Accelerator, model: EsmForMaskedLM, summary: dict[str, Any], is_trained: bool = False
-) -> Result:
-    folder = recipe.run_folder
-    if not is_trained:
-        model, _ = load_hub_folder(folder / run_folder.HUB)
-        accelerator.print(summary_lines(summary, folder))
-    return Result(model, ProteinTokenizer(), folder / run_folder.HUB, summary)

@@ -1,13 +1,16 @@
 """The folder of a run: whose it is, and what a run leaves in it."""
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from hf_plm.config import KNOBS, Recipe, UserError
+from hf_plm.data.corpus import Corpus
 from hf_plm.training.checkpoint import write_text
 
 CONFIG, SUMMARY, METRICS, CHECKPOINTS, HUB, CURVES = (
@@ -24,17 +27,30 @@ _MAY_BE_THERE = re.compile(r"^\.|\.(log|out|err)$")
 _COMPARED_BY_CONTENT = ("data.train", "data.validation")
 
 
-def make(folder: Path) -> None:
-    """Make the folder of a run, or say at once that it cannot be written or belongs to something else."""
+def take(folder: Path) -> IO[str]:
+    """Make the folder of a run and hold it for this process, as long as the returned file is open.
+
+    Raises `UserError` at once where it cannot be written, belongs to something else, or another process runs in it:
+    two runs in one folder would write into each other's files.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".partial-probe"
-        probe.touch()
-        probe.unlink()
+        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
     except OSError as error:
         raise UserError(
             f"The run folder {folder} cannot be written ({error.strerror}); give another one with --run.folder."
         ) from None
+    try:
+        _lock(lock)
+    except OSError:
+        lock.seek(0)
+        raise UserError(
+            f"Process {lock.read().strip() or 'unknown'} runs in {folder} already; wait for it or stop it, "
+            "or give another --run.folder."
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
     if not (folder / CONFIG).exists():
         foreign = [path.name for path in folder.iterdir() if not _MAY_BE_THERE.search(path.name)]
         if foreign:
@@ -42,9 +58,23 @@ def make(folder: Path) -> None:
                 f"The run folder {folder} holds other files ({sorted(foreign)[0]}) and no {CONFIG}; "
                 "give an empty or a new one with --run.folder."
             )
+    return lock
 
 
-def stored_recipe(recipe: Recipe, corpus_fingerprint: str) -> Recipe | None:
+def _lock(file: IO[str]) -> None:
+    """Raises OSError where another process holds the file; the system lets go of it when its holder dies."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def stored_recipe(recipe: Recipe, train: Corpus, held_out: Corpus) -> Recipe | None:
     """The resolved recipe of the run that is in the folder already, with what may change taken from `recipe`.
 
     None for a new run. Raises `UserError` where the folder holds a run of another recipe or on other sequences.
@@ -54,15 +84,17 @@ def stored_recipe(recipe: Recipe, corpus_fingerprint: str) -> Recipe | None:
         return None
     try:
         stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        stored_fingerprint = stored.pop("corpus")["fingerprint"]
+        corpus = stored.pop("corpus")
+        fingerprints = {"data.train": corpus["train"], "data.validation": corpus["validation"]}
         resolved = from_stored(stored)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} is not the recipe of a run ({error}); give another --run.folder.") from None
-    if stored_fingerprint != corpus_fingerprint:
-        raise UserError(
-            f"The run in {folder} was started on other sequences than data.train names now; "
-            "give the same data, or a new --run.folder."
-        )
+    for name, split in (("data.train", train), ("data.validation", held_out)):
+        if fingerprints[name] != split.fingerprint:
+            raise UserError(
+                f"The run in {folder} was started on other sequences than {name} names now; "
+                "give the same data, or a new --run.folder."
+            )
     return _merge(recipe, resolved, folder)
 
 
@@ -72,8 +104,9 @@ def from_stored(stored: dict[str, dict[str, Any]]) -> Recipe:
     for section, knobs in stored.items():
         for name, value in knobs.items():
             if f"{section}.{name}" in KNOBS:
-                is_auto = value == "auto" and "None" in str(KNOBS[f"{section}.{name}"].type)
-                plain = None if is_auto else tuple(value) if isinstance(value, list) else value
+                item = KNOBS[f"{section}.{name}"]
+                is_none = value == "auto" and item.default != "auto" and item.may_be_auto
+                plain = None if is_none else tuple(value) if isinstance(value, list) else value
                 values[f"{section}__{name}"] = plain
     return Recipe().replace(**values)
 
@@ -104,17 +137,17 @@ def _is_auto(asked: Recipe, name: str, wanted: Any) -> bool:
     """Whether the machine, not the user, chose this knob; tokens of a micro-batch go with the number of them."""
     if name == "batch.tokens" and asked.batch.micro_batches is None:
         return True
-    return wanted is None and "None" in str(KNOBS[name].type) and name not in ("schedule.budget",)
+    return KNOBS[name].may_be_auto and wanted in (None, "auto")
 
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def write_config(recipe: Recipe, corpus_name: str, corpus_fingerprint: str) -> None:
+def write_config(recipe: Recipe, train: Corpus, held_out: Corpus) -> None:
     """config.yaml: the resolved recipe, and which corpus it ran on."""
-    corpus = yaml.safe_dump({"corpus": {"name": corpus_name, "fingerprint": corpus_fingerprint}}, sort_keys=False)
-    write_text(recipe.run_folder / CONFIG, recipe.to_yaml() + corpus)
+    corpus = {"folder": str(train.folder.resolve()), "train": train.fingerprint, "validation": held_out.fingerprint}
+    write_text(recipe.run_folder / CONFIG, recipe.to_yaml() + yaml.safe_dump({"corpus": corpus}, sort_keys=False))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

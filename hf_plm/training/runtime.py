@@ -42,9 +42,10 @@ def choose_precision(wanted: str) -> str:
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """An accelerator of the recipe's precision, also where an earlier run of this process had another one."""
     precision = choose_precision(recipe.run.precision)
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    mixed = "bf16" if precision == "bf16" else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    return Accelerator(mixed_precision=mixed)
 
 
 def machine_facts(accelerator: Accelerator) -> dict[str, str | int]:

@@ -48,17 +48,21 @@ class Parts:
 
 
 def run_steps(parts: Parts, meter: Meter, progress: Progress) -> Progress:
-    """Every step from `progress` to the end of the run."""
+    """Every step from `progress` to the end of the run, or to the step at which it was asked to stop."""
     recipe, accelerator, module = parts.recipe, parts.accelerator, parts.module
+    assert recipe.validation.every is not None
+    assert recipe.checkpoint.every is not None
     workers = recipe.data.workers if recipe.data.workers is not None else 4 * (accelerator.device.type == "cuda")
     steps = load_steps(parts.steps, workers, pin_memory=accelerator.device.type == "cuda")
     world_size, rounds = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    pending: Callable[[], None] | None = None
-    share = _agree(accelerator, meter.share(progress.step), False)[0]
+    read: Callable[[], None] | None = None
+    is_saved = True
 
-    while share < 1:
+    while True:
         step = next(steps)
-        num_targets = sum_over_processes(accelerator, sum(batch.num_targets for batch in step.micro_batches))[0]
+        num_targets, share, is_asked_to_stop = _agree(parts, meter, step)
+        if share >= 1 or is_asked_to_stop:
+            break
         factor = rate_factor(recipe.schedule, step.step, share)
         for group in parts.optimizer.param_groups:
             group["lr"] = recipe.optimizer.learning_rate * factor
@@ -78,33 +82,47 @@ def run_steps(parts: Parts, meter: Meter, progress: Progress) -> Progress:
         done = step.step + 1
         meter.count(step.num_tokens)
         progress = Progress(done, step.next_cursor, progress.tokens + step.num_tokens, meter.seconds)
-        if pending:
-            pending()  # the numbers of the step before: reading them now does not make the device wait
-        pending = _reader(parts, meter, step, progress, torch.stack(sums), num_targets, norm, factor)
-        share, stops = _agree(accelerator, meter.share(done), bool(parts.request.signal_name))
-        is_last = share >= 1 or stops
-        is_due = {knob: done % getattr(recipe, knob).every == 0 for knob in ("validation", "checkpoint")}
-        if is_last or any(is_due.values()) or done - meter.first_step == PLAN_AFTER_STEPS:
-            pending()
-            pending = None
-        if done - meter.first_step == PLAN_AFTER_STEPS:
+        if read:
+            read()  # the numbers of the step before: reading them now does not make the device wait
+        read = _reader(parts, meter, step, progress, torch.stack(sums), num_targets, norm, factor)
+        is_planned = done - meter.first_step == PLAN_AFTER_STEPS
+        is_last = recipe.schedule.budget is None and done == recipe.schedule.steps  # validated on more, afterwards
+        is_validated = done % recipe.validation.every == 0 and not is_last
+        is_saved = done % recipe.checkpoint.every == 0
+        if is_planned or is_validated or is_saved:
+            read()
+            read = None
+        if is_planned:
             meter.say_plan(done, step.num_tokens, parts.steps.epoch_tokens)
-        if is_due["validation"] and not is_last:
+        if is_validated:
             _validate(parts, meter, done)
-        if is_due["checkpoint"] or is_last:
-            _save(parts, progress)
+        if is_saved:
+            _save(parts, meter, progress)
         meter.pause()
-        if stops:
-            raise StoppedError(parts.request.signal_name or "another process", done)
+
+    if read:
+        read()
+    if not is_saved:
+        _save(parts, meter, progress)
+    if is_asked_to_stop and share < 1:
+        raise StoppedError(parts.request.signal_name or "another process", progress.step)
     return progress
 
 
-def _agree(accelerator: Accelerator, share: float, stops: bool) -> tuple[float, bool]:
-    """The share of the run spent, by the main process's clock, and whether any process was asked to stop."""
-    if accelerator.num_processes == 1:
-        return share, stops
-    agreed, votes = sum_over_processes(accelerator, share if accelerator.is_main_process else 0.0, float(stops))
-    return agreed, votes > 0
+def _agree(parts: Parts, meter: Meter, step: Step) -> tuple[float, float, bool]:
+    """What all processes must know before a step, in one reduction.
+
+    The targets of the step over all of them, the share of the run spent by the main process's clock, and whether any
+    was asked to stop.
+    """
+    accelerator = parts.accelerator
+    num_targets, share, num_stops = sum_over_processes(
+        accelerator,
+        sum(batch.num_targets for batch in step.micro_batches),
+        meter.share(step.step) if accelerator.is_main_process else 0.0,
+        bool(parts.request.signal_name),
+    )
+    return num_targets, share, num_stops > 0
 
 
 def _reader(
@@ -122,6 +140,7 @@ def _reader(
     speed = meter.tokens_per_second() if is_logged else 0.0
 
     def read() -> None:
+        # The norm is that of all processes' gradients: if any of them had a NaN, each sees it here.
         local_loss, local_correct = sums.sum(dim=0).tolist()
         loss_sum, num_correct = sum_over_processes(parts.accelerator, local_loss, local_correct)
         loss, gradient_norm = loss_sum / max(num_targets, 1), float(norm)
@@ -160,8 +179,9 @@ def _validate(parts: Parts, meter: Meter, step: int) -> None:
     meter.say_validation(step, numbers)
 
 
-def _save(parts: Parts, progress: Progress) -> None:
+def _save(parts: Parts, meter: Meter, progress: Progress) -> None:
     if parts.accelerator.is_main_process:
+        meter.sync()
         inner = getattr(parts.optimizer, "optimizer", parts.optimizer)
         folder = parts.recipe.run_folder / run_folder.CHECKPOINTS
         save_checkpoint(folder, progress, parts.model, inner, parts.facts, parts.recipe.checkpoint.keep)
