@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA := corpora/simulated.fasta.gz
+THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 .DEFAULT_GOAL := help
 .PHONY: help install pretrain test test-all check format golden compat bounds wheel clean gpu
@@ -26,8 +27,8 @@ $(DATA): $(READY)
 	@$(BIN)/hf-plm simulate $@
 
 pretrain: $(DATA) ## pretrain a small model on simulated proteins: runs/demo/hub
-	@HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet launch/pretrain.py \
-		launch/recipes/demo.yaml --data.train $(DATA) --data.cache corpora --run.folder runs/demo
+	@HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet \
+		--num_cpu_threads_per_process $(THREADS) launch/pretrain.py launch/recipes/demo.yaml --data.train $(DATA) --data.cache corpora --run.folder runs/demo
 
 test: $(READY) ## run the tests (a few minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"

@@ -1,6 +1,7 @@
 """A run from recipe to Hub folder: everything around the loop."""
 
 import math
+import os
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +209,9 @@ def _announce(parts: Parts, meter: Meter, train: Corpus, held_out: Corpus) -> No
         "step": f"{recipe.batch.micro_batches} x {recipe.batch.tokens:,} tokens",
         "run": f"{recipe.run_folder}",
     }
+    num_cores = os.cpu_count() or 1
+    if parts.accelerator.device.type == "cpu" and processes == 1 and threads < num_cores:
+        rows["machine"] += f" of {num_cores} cores (OMP_NUM_THREADS={num_cores} uses them all)"
     if is_simulated(train):
         rows["corpus"] += ", simulated"
     meter.say("\n".join(f"{name:<10} {text}" for name, text in rows.items()))
