@@ -19,8 +19,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 def draw_curves(metrics: Path, png: Path, title: str) -> None:
     """Loss against both baselines, learning rate and gradient norm, and speed, over the tokens seen."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    from matplotlib.ticker import LogLocator, NullLocator
 
     training, validation = read_metrics(metrics)
+    # The last validation is on more sequences, so it is no point of the same curve.
+    validation = [line for line in validation if not line.get("final")] or validation
     if not training:
         return
     figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=130)
@@ -66,8 +69,9 @@ def draw_curves(metrics: Path, png: Path, title: str) -> None:
     norms = rates.twinx()
     norms.plot(tokens, column(training, "gradient_norm"), ".", color=GREY, markersize=2.5)
     norms.set(yscale="log", ylabel="gradient norm (dots)")
-    for axis_formatter in (norms.yaxis.set_major_formatter, norms.yaxis.set_minor_formatter):
-        axis_formatter(lambda value, _: f"{value:.2g}")
+    norms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    norms.yaxis.set_minor_locator(NullLocator())
+    norms.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     norms.spines["top"].set_visible(False)
 
     speeds.plot(tokens, column(training, "tokens_per_second"), color=BLUE)

@@ -130,7 +130,7 @@ class Meter:
         plain = {key: None if value != value else value for key, value in line.items()}
         self.file.write(json.dumps(plain) + "\n")
         self.file.flush()
-        values = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        values = {key: value for key, value in plain.items() if value is not None and key not in ("step", "final")}
         for tracker in self.trackers:
             tracker.log(values, step=line["step"])
 
