@@ -7,7 +7,7 @@ DATA := corpora/simulated.fasta.gz
 THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-all check format golden compat bounds wheel clean gpu
+.PHONY: help install pretrain test test-all check format compat bounds wheel clean gpu
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

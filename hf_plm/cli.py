@@ -194,7 +194,12 @@ def _inspect(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 def _simulate(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     from hf_plm.data.simulate import write_simulated_fasta
 
-    count = write_simulated_fasta(parsed.out, parsed.families, parsed.members, parsed.seed)
+    if parsed.out.exists():
+        raise UserError(f"{parsed.out} is there already; give another name, or remove it.")
+    try:
+        count = write_simulated_fasta(parsed.out, parsed.families, parsed.members, parsed.seed)
+    except OSError as error:
+        raise UserError(f"{parsed.out} cannot be written: {error.strerror}.") from None
     print(f"{parsed.out}: {count:,} simulated proteins in {parsed.families:,} families (seed {parsed.seed})")
 
 

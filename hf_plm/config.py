@@ -43,7 +43,9 @@ class Data:
     train: tuple[str, ...] = knob(
         (), "FASTA (.gz .zst .bz2 too), Parquet, a glob, a folder, a prepared corpus, or a dataset on the Hub"
     )
-    validation: tuple[str, ...] = knob((), "held-out sequences; left out, 1% of train is held out by a hash")
+    validation: tuple[str, ...] = knob(
+        (), "held-out sequences; left out, 1% of train (at least 20, at most 2,000 or half) is held out by a hash"
+    )
     crop: int = knob(1024, "tokens of the longest window, <cls> and <eos> included (ESM-2)")
     sequence_column: str | None = knob(None, "column that holds the sequences, where its name cannot be guessed")
     illegal: str = knob("reject", "records with illegal letters: reject, or x to turn each such letter into X")
@@ -286,6 +288,10 @@ def _recipe_folder() -> Path:
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by path or by name (`esm2_8m`)."""
     if Path(name).is_file():
+        if Path(name).suffix not in (".yaml", ".yml"):
+            raise UserError(
+                f"{name} is no recipe (.yaml): name one, such as mine, and give sequences as --data.train {name}."
+            )
         return Path(name)
     packaged = _recipe_folder() / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     if packaged.is_file() and (packaged.stem == name or not Path(name).parent.is_dir()):
@@ -302,6 +308,8 @@ def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     values: dict[str, Any] = {}
     sections = [section.name for section in fields(Recipe)]
     for section, knobs in _read_yaml(path).items():
+        if section == "corpus":  # config.yaml of a run is a recipe too, and says what it ran on
+            continue
         if section not in sections:
             raise UserError(f"{path} has an unknown section {section!r}{_suggestion(str(section), sections)}")
         if not isinstance(knobs, dict):
@@ -317,6 +325,12 @@ def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
             known = [f"--{known}" for known in KNOBS]
             raise UserError(f"Unknown flag --{name}{_suggestion(f'--{name}', known)}")
         values[name] = _convert(name, value, f"flag --{name}")
+    if overrides and "schedule.steps" in overrides:
+        if "schedule.budget" in overrides:
+            raise UserError(
+                "A run has a length in steps or in time: give --schedule.steps or --schedule.budget, not both."
+            )
+        values["schedule.budget"] = None  # the flag is nearer than the recipe's budget
     loaded = Recipe().replace(**{name.replace(".", "__"): value for name, value in values.items()})
     _check(loaded)
     return loaded

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hf_plm.config import UserError
@@ -130,8 +131,8 @@ def test_leftovers_of_a_killed_run_are_swept(tmp_path: Path) -> None:
 def test_half_a_save_is_invisible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 10)
 
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full_disk(*_: object) -> None:  # what safetensors raises then, which is no OSError
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("hf_plm.training.checkpoint.save_file", full_disk)
     with pytest.raises(UserError, match=r"step 20 could not be written .*No space left.*run the same command again"):

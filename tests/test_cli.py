@@ -101,6 +101,9 @@ def test_simulate_writes_a_fasta(capsys: pytest.CaptureFixture[str], tmp_path: P
     main(["simulate", str(tmp_path / "x.fasta"), "--families", "2", "--members", "3"])
     assert "6 simulated proteins in 2 families" in capsys.readouterr().out
     assert (tmp_path / "x.fasta").read_text().count(">sim_") == 6
+    (tmp_path / "real.fasta").write_text(">a\nMKV\n")
+    assert "is there already" in complaint(capsys, "simulate", str(tmp_path / "real.fasta"))
+    assert "cannot be written: No such file" in complaint(capsys, "simulate", str(tmp_path / "no" / "x.fasta"))
 
 
 def test_inspect_of_something_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -103,6 +103,25 @@ def test_flags_as_people_write_them() -> None:
     assert recipe.run.trackers == ()
 
 
+def test_steps_on_the_command_line_replace_the_budget_of_the_recipe(tmp_path: Path) -> None:
+    assert load_recipe("mine", {"schedule.steps": "100"}).schedule.budget is None
+    with pytest.raises(UserError, match="not both"):
+        load_recipe("mine", {"schedule.steps": "100", "schedule.budget": "1h"})
+
+
+def test_the_config_of_a_run_is_a_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", {"mask.rate": "0.3"})
+    assert load_recipe(recipe_file(tmp_path, recipe.to_yaml() + "corpus: {folder: /x, train: a}\n")) == recipe
+
+
+def test_sequences_in_place_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.fasta").write_text(">a\nMKV\n")
+    with pytest.raises(
+        UserError, match=r"is no recipe \(\.yaml\): name one, such as mine, and give sequences as --data"
+    ):
+        load_recipe(tmp_path / "mine.fasta")
+
+
 def test_whole_numbers_are_not_rounded(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "schedule: {steps: 9007199254740993}")
     assert load_recipe(path).schedule.steps == 9007199254740993

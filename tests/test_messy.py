@@ -118,7 +118,7 @@ def test_unreadable(file: str, tmp_path: Path) -> None:
 
 def test_warnings(tmp_path: Path) -> None:
     def warnings(file: str) -> str:
-        return " / ".join(prepare(MESSY / file, tmp_path / "corpus").warnings)
+        return " / ".join(prepare(MESSY / file, tmp_path / Path(file).name).warnings)
 
     assert "almost only A C G T" in warnings("real/sequenceserver__Nucleotide_TP53_COX41.fasta")
     assert "almost only A C G T" in warnings("real/sequenceserver__pipe_in_seqid.fa")

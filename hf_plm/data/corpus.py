@@ -112,6 +112,11 @@ def _arrow_table(files: list[str], split: str) -> pyarrow.Table:
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    except OSError as error:
+        raise UserError(
+            f"The cache of the datasets library cannot be written ({error}); "
+            "set HF_HOME to a folder with room that can be written."
+        ) from None
     finally:
         set_verbosity(verbosity)
         if not had_no_bars:

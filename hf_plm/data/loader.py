@@ -94,9 +94,14 @@ def load_steps(steps: Steps, num_workers: int, pin_memory: bool) -> Iterator[Ste
     return iter(loader)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks a run to stop: Ctrl-C, a scheduler, a closed terminal (Windows has no word for that)."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def _leave_signals_to_main(worker_id: int) -> None:
     """A scheduler signals the whole group, and a worker that died of it would take the unfinished step with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -4,6 +4,7 @@ One pass over sources of any size; what stays in memory is 8 bytes for each sequ
 The folder appears under its name only when it is whole (temporary name, fsync, rename).
 """
 
+import errno
 import json
 import os
 import secrets
@@ -161,6 +162,10 @@ def _temporary_sibling(out: Path) -> Iterator[Path]:
         raise UserError(f"The corpus {out} cannot be written: {error.strerror} ({out.parent}).") from error
     try:
         yield folder
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"The disk is full: the corpus {out} was not written; free space, run it again.") from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -173,6 +178,12 @@ def _publish(folder: Path, out: Path, replaces: bool) -> bool:
                 os.fsync(file.fileno())
     old = out.parent / f"{folder.name}.old"
     if replaces and is_corpus(out):
+        # The same files, changed or read with other options, make a new version; other files another corpus.
+        there, new = ({source.name for source in read_manifest(path).sources} for path in (out, folder))
+        if there != new:
+            raise UserError(
+                f"{out} is a corpus of other sources ({', '.join(sorted(there))}); give another folder, or remove it."
+            )
         os.rename(out, old)
     elif out.is_dir() and not is_corpus(out):
         out.rmdir()  # it was empty when we began; if it no longer is, this fails as it should

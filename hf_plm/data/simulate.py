@@ -18,6 +18,7 @@ Dimensions: N sites of one sequence, A the 20 amino acids in the order of `AMINO
 import gzip
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -300,5 +301,6 @@ def write_simulated_fasta(
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a read-only folder; what went wrong before is what is said
+            temporary.unlink(missing_ok=True)
     return num_records

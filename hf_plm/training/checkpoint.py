@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -76,10 +77,10 @@ def save_checkpoint(
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"The checkpoint of step {progress.step} could not be written to {folder}: {error.strerror}; "
+            f"The checkpoint of step {progress.step} could not be written to {folder}: {error}; "
             "the checkpoints before it are whole, so free space or fix the folder, and run the same command again."
         ) from error
     others = [path for path in list_checkpoints(folder) if path != final]

@@ -19,6 +19,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 def draw_curves(metrics: Path, png: Path, title: str) -> None:
     """Loss against both baselines, learning rate and gradient norm, and speed, over the tokens seen."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import LogLocator, NullLocator
 
     training, validation = read_metrics(metrics)
@@ -26,10 +27,11 @@ def draw_curves(metrics: Path, png: Path, title: str) -> None:
     validation = [line for line in validation if not line.get("final")] or validation
     if not training:
         return
-    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=130)
+    figure = Figure(figsize=(13.5, 4.2), layout=ConstrainedLayoutEngine(wspace=0.08), dpi=130)
     losses, rates, speeds = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    tokens = np.array([line["tokens"] for line in training]) / 1e6
-    steps = np.array([line["step"] for line in training])
+    most = max(line["tokens"] for line in training)
+    unit, unit_name = (1e6, "million tokens") if most > 1e6 else (1e3, "thousand tokens")
+    tokens = np.array([line["tokens"] for line in training]) / unit
 
     def column(lines: list[dict[str, Any]], name: str) -> np.ndarray:
         return np.array([line[name] for line in lines], dtype=float)
@@ -38,9 +40,10 @@ def draw_curves(metrics: Path, png: Path, title: str) -> None:
     losses.plot(tokens, loss, color=BLUE, alpha=0.25, linewidth=1)
     width = max(1, len(loss) // 40)
     smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-    losses.plot(tokens[width - 1 :], smooth, color=BLUE, label="training, all targets")
+    point = "." if len(smooth) == 1 else ""
+    losses.plot(tokens[width - 1 :], smooth, point, color=BLUE, label="training, all targets")
     if validation:
-        at = np.interp(column(validation, "step"), steps, tokens)
+        at = column(validation, "tokens") / unit
         for name, colour, label in (
             ("validation_loss", ORANGE, "validation, all targets"),
             ("validation_loss_masked", GREEN, "validation, masked targets"),
@@ -59,11 +62,11 @@ def draw_curves(metrics: Path, png: Path, title: str) -> None:
         low, high = np.nanmin(shown), min(np.nanmax(shown), max(baselines) + 0.4)
         losses.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     figure.suptitle(title, fontsize=11)
-    losses.set(xlabel="million tokens", ylabel="nats per target")
+    losses.set(xlabel=unit_name, ylabel="nats per target")
     losses.legend(frameon=False, fontsize=8)
 
     rates.plot(tokens, column(training, "learning_rate"), color=BLUE)
-    rates.set(xlabel="million tokens", ylabel="learning rate (line)")
+    rates.set(xlabel=unit_name, ylabel="learning rate (line)")
     rates.set_ylim(bottom=0)
     rates.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     norms = rates.twinx()
@@ -75,7 +78,7 @@ def draw_curves(metrics: Path, png: Path, title: str) -> None:
     norms.spines["top"].set_visible(False)
 
     speeds.plot(tokens, column(training, "tokens_per_second"), color=BLUE)
-    speeds.set(xlabel="million tokens", ylabel="tokens per second")
+    speeds.set(xlabel=unit_name, ylabel="tokens per second")
     speeds.set_ylim(bottom=0)
     for axes in (losses, rates, speeds):
         axes.spines["top"].set_visible(False)

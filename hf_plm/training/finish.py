@@ -30,7 +30,8 @@ def finish(
     """Write everything that a finished run leaves; summary.json last, because its presence means finished."""
     folder = recipe.run_folder
     numbers = evaluation.summary()
-    meter.write({"step": progress.step, **numbers, "final": True})
+    meter.is_finished = True
+    meter.write({"step": progress.step, "tokens": progress.tokens, **numbers, "final": True})
     summary = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -50,7 +51,7 @@ def finish(
     }
     save_hub_folder(model, folder / run_folder.HUB, _card(folder.resolve().name, summary, train))
     simulated = " (simulated proteins)" if summary["is_simulated"] else ""
-    title = f"{folder.name}: {recipe.model.preset} on {train.name}{simulated}"
+    title = f"{folder.name}: the {recipe.model.preset} network on {train.name}{simulated}"
     draw_curves(folder / run_folder.METRICS, folder / run_folder.CURVES, title)
     write_json(folder / run_folder.SUMMARY, _without_nan(summary))
 
@@ -100,7 +101,9 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> str:
         )
 
     has_learned = all((summary[margin][1] or 0) > 0 for margin in ("margin_context_free", "margin_unigram_masked"))
-    verdict = "it has learned from context" if has_learned else "not yet: both have to be above zero"
+    verdict = (
+        "It has learned from context." if has_learned else "Not yet learned from context: both must be above zero."
+    )
     simulated = ", all simulated" if summary["is_simulated"] else ""
     hub = folder / run_folder.HUB
     return "\n".join(
@@ -113,7 +116,7 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> str:
             row("masked targets", "validation_loss_masked", "unigram_entropy", "margin_unigram_masked"),
             "",
             f"  Nats per target, {summary['validation_sequences']:,} held-out sequences "
-            f"({summary['validation_split']}{simulated}): {verdict}.",
+            f"({summary['validation_split']}{simulated}). {verdict}",
             f"  Perplexity {summary['validation_perplexity']:.2f}, recovery {summary['validation_recovery']:.1%}.",
             "",
             f"The model is in {hub}; load it in plain transformers with:",

@@ -64,9 +64,13 @@ def _describe(folder: Path, step: int) -> str:
     corpus = open_corpus(known["folder"])
     if corpus.fingerprint != known["train"]:
         raise UserError(f"The corpus of {folder} has changed since; what step {step} held cannot be shown.")
+    known_step, cursor = _nearest_cursor(folder, step)
+    last = recipe.schedule.steps - 1 if recipe.schedule.budget is None else known_step + 10 * recipe.run.log_every
+    if step > last:
+        raise UserError(f"The run in {folder} has no step {step}; the last that can be shown is {last}.")
     assert recipe.batch.micro_batches is not None
     packing = Packing(recipe.data.crop, recipe.batch.tokens, recipe.batch.micro_batches, recipe.run.seed)
-    plan = plan_of_step(corpus, packing, step, *_nearest_cursor(folder, step))
+    plan = plan_of_step(corpus, packing, step, known_step, cursor)
     lines = [
         f"Step {step} of {folder} begins at epoch {plan.cursor.epoch}, place {plan.cursor.place}: "
         f"{plan.num_tokens:,} tokens in {len(plan.micro_batches)} micro-batches."

@@ -19,6 +19,7 @@ from hf_plm.training.checkpoint import write_text
 
 PLAN_AFTER_STEPS = 10
 LONG_SECONDS = 3 * 86400
+MANY_EPOCHS = 50
 QUIET_SECONDS = 30.0
 """Seconds between two lines of progress where there is no terminal to draw a bar in."""
 
@@ -49,14 +50,19 @@ def keep_lines_until(path: Path, step: int) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def open_trackers(recipe: Recipe, folder: Path, step: int) -> list[GeneralTracker]:
-    """Accelerate's trackers, started; TensorBoard forgets what it holds beyond `step`."""
-    trackers: list[GeneralTracker] = []
+def check_trackers(recipe: Recipe) -> None:
+    """Raises `UserError` for one that is not installed, before anything long is begun."""
     for name in recipe.run.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"run.trackers asks for {name}, which is not installed: pip install {name}, or leave it out."
             )
+
+
+def open_trackers(recipe: Recipe, folder: Path, step: int) -> list[GeneralTracker]:
+    """Accelerate's trackers, started; TensorBoard forgets what it holds beyond `step`."""
+    trackers: list[GeneralTracker] = []
+    for name in recipe.run.trackers:
         if name == "tensorboard":
             trackers.append(TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1))
         elif name == "wandb":
@@ -82,6 +88,7 @@ class Meter:
         self.mark = self.began
         self.last_line = self.began
         self.has_heading = False
+        self.is_finished = False
         if not is_main:
             return
         self.path = folder / "metrics.jsonl"
@@ -168,7 +175,7 @@ class Meter:
             f"{numbers['validation_recovery']:>8.1%}"
         )
 
-    def say_plan(self, step: int, tokens_per_step: int, epoch_tokens: int) -> None:
+    def say_plan(self, step: int, tokens_per_step: float, epoch_tokens: int) -> None:
         """Tokens, epochs and finish time of the whole run, from what it has done since it was started."""
         speed_steps = (step - self.first_step) / max(time.monotonic() - self.began, 1e-9)
         budget = self.recipe.budget_seconds
@@ -178,9 +185,15 @@ class Meter:
         ends = datetime.now() + timedelta(seconds=min(left, 1e9))
         about = "about " if budget else ""
         self.say(
-            f"Plan: {about}{steps:,.0f} steps of {tokens_per_step:,} tokens, {tokens:.3g} tokens in all, "
+            f"Plan: {about}{steps:,.0f} steps of {tokens_per_step:,.0f} tokens, {tokens:,.0f} tokens in all, "
             f"{tokens / epoch_tokens:,.3g} epochs; ends {ends:%a %d %b %Y %H:%M}, in {duration(left)}."
         )
+        self.has_heading = False  # the table goes on below, under its heading
+        if tokens / epoch_tokens > MANY_EPOCHS:
+            self.say(
+                f"Warning: {tokens / epoch_tokens:,.0f} epochs are many; watch the validation loss, since a model that "
+                "sees the same sequences so often may learn them by heart."
+            )
         if left > LONG_SECONDS:
             self.say(
                 f"Warning: {duration(left)} is long; --schedule.budget 8h fits a run into 8 hours, "
@@ -195,6 +208,9 @@ class Meter:
     def close(self) -> None:
         if not self.is_main:
             return
+        if self.is_finished:
+            self.bar.n = self.bar.total
+            self.bar.refresh()
         self.bar.close()
         self.sync()
         self.file.close()

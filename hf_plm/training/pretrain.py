@@ -3,7 +3,7 @@
 import math
 import os
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import Progress, newest_whole, restore, sweep
 from hf_plm.training.finish import finish, is_simulated, summary_lines
-from hf_plm.training.meter import Meter
+from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
 from hf_plm.training.runtime import machine_facts, measure_speed, start_accelerator, stop_on_signals
 from hf_plm.training.schedule import resolve
@@ -37,8 +37,8 @@ from hf_plm.training.trainer import Parts, run_steps
 class Result:
     """A finished run: the stock model, its tokenizer, the Hub folder they were written to, and summary.json."""
 
-    model: EsmForMaskedLM
-    tokenizer: ProteinTokenizer
+    model: EsmForMaskedLM = field(repr=False)
+    tokenizer: ProteinTokenizer = field(repr=False)
     hub_folder: Path
     summary: dict[str, Any]
 
@@ -48,6 +48,8 @@ def pretrain(recipe: Recipe) -> Result:
 
     Raises `UserError` for the user's mistakes and `StoppedError` when a signal ended the run early.
     """
+    esm_config(recipe.model.preset)  # a misspelt one is told now, not after an hour of preparing
+    check_trackers(recipe)
     accelerator = start_accelerator(recipe)
     with ExitStack() as held:
         if accelerator.is_main_process:
@@ -55,7 +57,7 @@ def pretrain(recipe: Recipe) -> Result:
         with accelerator.main_process_first():
             train, held_out = open_corpora(recipe)
         earlier = run_folder.stored_recipe(recipe, train, held_out)
-        if run_folder.read_summary(recipe.run_folder) is None:
+        if run_folder.read_summary(recipe.run_folder) is None or not (recipe.run_folder / run_folder.HUB).is_dir():
             _run(recipe, earlier, accelerator, train, held_out)
         accelerator.wait_for_everyone()
         summary = run_folder.read_summary(recipe.run_folder)

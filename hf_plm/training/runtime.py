@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from hf_plm.config import Recipe, UserError
 from hf_plm.data.corpus import Corpus
+from hf_plm.data.loader import stop_signals
 from hf_plm.data.order import Cursor
 from hf_plm.data.pack import Packing, build_micro_batch, plan_step
 from hf_plm.models.objective import PackedMaskedLM
@@ -119,9 +120,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM set the request while inside; outside of the main thread they cannot, and do not."""
+    """SIGINT, SIGTERM and SIGHUP set the request while inside; outside of the main thread they cannot, and do not."""
     request, previous = StopRequest(), {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         try:
             previous[number] = signal.signal(number, request)
         except ValueError:

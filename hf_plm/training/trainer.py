@@ -93,9 +93,9 @@ def run_steps(parts: Parts, meter: Meter, progress: Progress) -> Progress:
             read()
             read = None
         if is_planned:
-            meter.say_plan(done, step.num_tokens, parts.steps.epoch_tokens)
+            meter.say_plan(done, progress.tokens / done, parts.steps.epoch_tokens)
         if is_validated:
-            _validate(parts, meter, done)
+            _validate(parts, meter, progress)
         if is_saved:
             _save(parts, meter, progress)
         meter.pause()
@@ -136,7 +136,8 @@ def _reader(
     factor: float,
 ) -> Callable[[], None]:
     """Reads a step's numbers off the device, refuses NaN, and writes the line of a log step."""
-    is_logged = progress.step % parts.recipe.run.log_every == 0 or progress.step == 1
+    is_first_or_last = progress.step in (1, parts.recipe.schedule.steps)
+    is_logged = progress.step % parts.recipe.run.log_every == 0 or is_first_or_last
     speed = meter.tokens_per_second() if is_logged else 0.0
 
     def read() -> None:
@@ -172,11 +173,11 @@ def _reader(
     return read
 
 
-def _validate(parts: Parts, meter: Meter, step: int) -> None:
+def _validate(parts: Parts, meter: Meter, progress: Progress) -> None:
     assert parts.recipe.validation.sequences is not None
     numbers = parts.validate(parts.recipe.validation.sequences).summary()
-    meter.write({"step": step, **numbers})
-    meter.say_validation(step, numbers)
+    meter.write({"step": progress.step, "tokens": progress.tokens, **numbers})
+    meter.say_validation(progress.step, numbers)
 
 
 def _save(parts: Parts, meter: Meter, progress: Progress) -> None:
