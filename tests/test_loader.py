@@ -35,7 +35,7 @@ def fingerprint(steps: list[Step]) -> list[tuple[int, list[list[int]]]]:
     return [(step.step, [batch.input_ids.tolist() for batch in step.micro_batches]) for step in steps]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(family_corpus: Path, num_workers: int) -> None:
     assert fingerprint(steps_of(family_corpus, num_workers)) == fingerprint(steps_of(family_corpus))
 

@@ -2,7 +2,7 @@
 
 Worker processes only read ahead: what a step holds is a function of (corpus, knobs, step), so any number of workers and
 processes yields the same steps, and resuming is starting at another step and cursor. Worker w of W builds the steps
-w, w + W, ... and plans the ones between from lengths alone, which costs about a microsecond per sequence.
+w, w + W, ... and plans the ones between from lengths alone: half a millisecond and a microsecond per sequence each.
 """
 
 import signal

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -27,6 +28,8 @@ from hf_plm.data.sources import Source, find_sources
 __all__ = ["ensure_prepared", "prepare", "report"]
 
 Sources: TypeAlias = str | Path | Iterable[str | Path]
+STALE_SECONDS = 86_400
+"""A half-made corpus that nothing was added to for a day is no other process's work in progress."""
 
 
 def prepare(
@@ -157,6 +160,9 @@ def _temporary_sibling(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = out.parent / f".{out.name}.preparing-{os.getpid()}-{secrets.token_hex(4)}"
+        for stale in out.parent.glob(f".{out.name}.preparing-*"):  # of a run that was killed
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(stale, ignore_errors=True)
         (folder / "data").mkdir(parents=True)
     except OSError as error:
         raise UserError(f"The corpus {out} cannot be written: {error.strerror} ({out.parent}).") from error
