@@ -334,6 +334,13 @@ def test_a_corpus_smaller_than_a_step_is_refused(family_fasta: Path, tmp_path: P
         run_here(family_fasta, tmp_path / "run", batch__tokens="1000000")
 
 
+def test_a_handful_of_sequences_is_no_corpus_for_a_budget(tmp_path: Path) -> None:
+    (tmp_path / "few.fasta").write_text("".join(f">p{number}\n{'MKVLA' * (9 + number)}\n" for number in range(5)))
+    knobs = {"data.train": str(tmp_path / "few.fasta"), "run.folder": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=r"has \d+ tokens to train on, fewer than one step takes \(4,096\)"):
+        hf_plm.pretrain(hf_plm.load_recipe("mine", knobs))
+
+
 def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Nothing to train on"):
         hf_plm.pretrain(hf_plm.load_recipe("demo", {"run.folder": str(tmp_path)}))

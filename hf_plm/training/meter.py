@@ -166,7 +166,7 @@ class Meter:
     def say_validation(self, step: int, numbers: Mapping[str, float]) -> None:
         """A row of the table that shows each loss beside what a predictor without context would reach."""
         if not self.has_heading:
-            self.say(f"{'validation':>10}   {'all targets':^22}   {'masked targets':^18}")
+            self.say(f"{'validation':>10}   {'all targets':^22}   {'masked targets':>16}")
             self.say(f"{'step':>10}   {'loss':>8}{'context-free':>14}   {'loss':>8}{'unigram':>10}   {'recovery':>8}")
             self.has_heading = True
         self.say(

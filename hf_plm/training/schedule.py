@@ -73,7 +73,8 @@ def resolve(
 
 def _fit_batch(total_tokens: float, crop: int, tokens: int, corpus_tokens: int, is_cpu: bool) -> tuple[int, int]:
     """Micro-batches per step and tokens of each, as powers of two, for a run that will see `total_tokens`."""
-    wanted = min(max(total_tokens / BUDGET_STEPS, MIN_BATCH_TOKENS), MAX_BATCH_TOKENS, max(corpus_tokens // 2, 1))
+    largest = min(MAX_BATCH_TOKENS, corpus_tokens // 2)
+    wanted = max(min(total_tokens / BUDGET_STEPS, largest), MIN_BATCH_TOKENS)
     batch_tokens = 1 << int(wanted).bit_length() - 1
     if is_cpu:  # a CPU gains nothing from large micro-batches
         tokens = max(crop, min(tokens, batch_tokens))
