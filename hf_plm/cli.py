@@ -4,6 +4,7 @@ Everything heavy is imported inside the subcommand that needs it, so that help a
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -31,11 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"hf-plm: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"hf-plm: The disk is full{where}; free space and run the same command again.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """The program: help at once, mistakes in one sentence and without a traceback."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,16 @@ def test_a_dna_file_is_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: P
     path.write_text("".join(f">g{number}\n{'ACGT' * (20 + number)}\n" for number in range(50)))
     main(["prepare", str(path), "--out", str(tmp_path / "corpus")])
     assert "A C G T" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/config.yaml")
+
+    monkeypatch.setattr("hf_plm.cli._inspect", full)
+    error = complaint(capsys, "inspect", "runs/x")
+    assert error == "hf-plm: The disk is full (runs/x/config.yaml); free space and run the same command again."
+    # The twin: what is no full disk is not called one.
+    monkeypatch.setattr("hf_plm.cli._inspect", lambda *_: Path("/no/such/file").read_text())
+    with pytest.raises(FileNotFoundError):
+        main(["inspect", "runs/x"])

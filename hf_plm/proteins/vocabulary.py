@@ -12,7 +12,6 @@ TOKEN_TO_ID = {token: index for index, token in enumerate(TOKENS)}
 VOCABULARY_SIZE = len(TOKENS)
 
 CLS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-X_ID = TOKEN_TO_ID["X"]
 MASK_ID = TOKEN_TO_ID["<mask>"]
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
