@@ -7,7 +7,7 @@ DATA := corpora/simulated.fasta.gz
 THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-all check format compat bounds wheel clean gpu
+.PHONY: help install pretrain test test-all check format compat bounds wheel clean gpu equivalence faults
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,14 +30,21 @@ pretrain: $(DATA) ## pretrain a small model on simulated proteins: runs/demo/hub
 	@HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet \
 		--num_cpu_threads_per_process $(THREADS) launch/pretrain.py launch/recipes/demo.yaml --data.train $(DATA) --data.cache corpora --run.folder runs/demo
 
-test: $(READY) ## run the tests (a few minutes)
+test: $(READY) ## run the tests (about ten minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(READY) ## run every test that needs no GPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 
-gpu: $(READY) ## on a machine with a GPU: the tests marked gpu
+equivalence: $(READY) ## the same run on 1 to 4 processes and every engine that a CPU can run (15 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/equivalence tests/test_fsdp2.py -m "not gpu"
+
+faults: $(READY) ## kill, stop, starve and damage runs, and see them go on (half an hour)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "not gpu"
+
+gpu: $(READY) ## on a machine with a GPU: the tests marked gpu, then the benchmarks
 	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python benchmarks/saving.py --preset 150m --tokens 16384
 
 check: $(READY) ## format, lint, types, imports
 	@$(BIN)/ruff format --check .

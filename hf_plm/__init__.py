@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from hf_plm.version import __version__
 
 if TYPE_CHECKING:
-    from hf_plm.config import Recipe, UserError, load_recipe
+    from hf_plm.config import Recipe, UserError
     from hf_plm.models.presets import build_model, esm_config
     from hf_plm.proteins.tokenizer import ProteinTokenizer
+    from hf_plm.recipe import load_recipe
     from hf_plm.training.pretrain import Result, pretrain
 
 _HOMES = {
@@ -20,7 +21,7 @@ _HOMES = {
     "UserError": "hf_plm.config",
     "build_model": "hf_plm.models.presets",
     "esm_config": "hf_plm.models.presets",
-    "load_recipe": "hf_plm.config",
+    "load_recipe": "hf_plm.recipe",
     "pretrain": "hf_plm.training.pretrain",
 }
 

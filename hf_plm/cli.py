@@ -4,17 +4,28 @@ Everything heavy is imported inside the subcommand that needs it, so that help a
 """
 
 import argparse
+import difflib
 import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_plm.config import KNOBS, UserError, load_recipe, recipe_names
+from hf_plm.config import KNOBS, LostProcessError, UserError
+from hf_plm.recipe import load_recipe, recipe_names
 from hf_plm.version import __version__
 
 EPILOG = "Documentation: README.md and docs/. Mistakes are told in one sentence; --help works after each subcommand."
+
+LAUNCH_FLAGS = (
+    ("processes", int, "processes on all machines together (one per GPU; with --cpu 2)"),
+    ("machines", int, "number of machines, where the file does not say it"),
+    ("machine-rank", int, "which of them this one is, from 0"),
+    ("main-ip", str, "address of machine 0"),
+    ("port", int, "port where the processes meet (on one machine any free one, on several 29500)"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,15 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed, rest = parser.parse_known_args(given)
-    if rest and parsed.command != "pretrain":
+    if rest and parsed.command not in ("pretrain", "launch"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command is None:
         parser.print_help()
         return
     try:
         parsed.run(parsed, rest)
+    except LostProcessError:
+        sys.exit(1)
     except UserError as error:
-        print(f"hf-plm: {error}", file=sys.stderr)
+        if _tells():
+            print(f"hf-plm: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,6 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _tells() -> bool:
+    """Whether this process tells what all processes of a machine have met alike: the first of them does.
+
+    The others leave a moment later: the launcher stops all when one has left, and the first must have spoken by then.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    time.sleep(3)
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     pretrain.add_argument("recipe", help=f"a YAML file, or one of {', '.join(recipe_names())}")
     pretrain.set_defaults(run=_pretrain)
+
+    launch = commands.add_parser(
+        "launch",
+        help="pretrain on several GPUs or machines: a front to accelerate launch",
+        description="Start a recipe through accelerate launch; knobs of the recipe follow as in hf-plm pretrain.",
+        usage="hf-plm launch CONFIG RECIPE [--processes N] [...] [--section.knob VALUE ...]",
+        allow_abbrev=False,
+    )
+    launch.add_argument(
+        "config", help="a YAML file for Accelerate, or the name of one of accelerate_configs, such as ddp"
+    )
+    launch.add_argument("recipe", help="as in hf-plm pretrain")
+    for name, kind, meaning in LAUNCH_FLAGS:
+        launch.add_argument(f"--{name}", type=kind, help=meaning)
+    launch.add_argument("--cpu", action="store_true", help="try it on CPUs, in fp32: DDP and DeepSpeed")
+    launch.add_argument("--dry-run", action="store_true", help="check, print the accelerate launch line, start nothing")
+    launch.set_defaults(run=_launch)
 
     prepare = commands.add_parser(
         "prepare",
@@ -170,8 +212,26 @@ def _pretrain(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     try:
         pretrain(recipe)
     except StoppedError as stop:
-        print(stop, flush=True)
+        if _tells():
+            print(stop, flush=True)
         sys.exit(128 + getattr(signal.Signals, stop.signal_name, signal.SIGTERM))
+
+
+def _launch(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    knobs = parse_knobs(rest)
+    for name in knobs.keys() - KNOBS.keys():
+        close = difflib.get_close_matches(name, [*(flag for flag, *_ in LAUNCH_FLAGS), "cpu", "dry-run"], n=1)
+        if close:
+            raise UserError(f"Unknown flag --{name}; did you mean --{close[0]}?")
+    from hf_plm.training.launch import Request, find_config, plan, run
+
+    find_config(parsed.config)
+    _ = load_recipe(parsed.recipe, knobs).run_folder  # its mistakes are told before anything heavy is imported
+    given = (parsed.processes, parsed.machines, parsed.machine_rank, parsed.main_ip, parsed.port, parsed.cpu)
+    planned = plan(Request(parsed.config, *given), [parsed.recipe, *rest])
+    print(planned.line(), flush=True)
+    if not parsed.dry_run:
+        sys.exit(run(planned))
 
 
 def _prepare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -12,13 +12,15 @@ from hf_plm.config import UserError
 from hf_plm.data.order import Cursor
 from hf_plm.training.checkpoint import (
     Progress,
+    Saver,
+    checksum,
     list_checkpoints,
     newest_whole,
     read_state,
     restore,
-    save_checkpoint,
     sweep,
 )
+from hf_plm.training.spikes import Trend
 
 
 def model_and_optimizer(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -36,16 +38,32 @@ def train_once(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
     optimizer.zero_grad()
 
 
+def save_state(
+    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.AdamW, keep: int = 3, world_size: int = 1
+) -> Path:
+    savers = [Saver(folder, {"torch": "2"}, keep, rank, world_size) for rank in range(world_size)]
+    for saver in savers:
+        saver.begin(progress, model, optimizer)
+    try:
+        for saver in savers:
+            saver.wait()
+        return savers[0].commit()
+    finally:
+        savers[0].forget()
+
+
 def save(folder: Path, step: int, keep: int = 3) -> Path:
-    progress = Progress(step, Cursor(1, 2), 300, 4.5)
-    return save_checkpoint(folder, progress, *model_and_optimizer(step), {"torch": "2"}, keep)
+    return save_state(folder, Progress(step, Cursor(1, 2), 300, 4.5), *model_and_optimizer(step), keep)
 
 
-def test_what_is_restored_goes_on_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_is_restored_goes_on_the_same(tmp_path: Path, world_size: int) -> None:
     model, optimizer = model_and_optimizer(0)
-    path = save_checkpoint(tmp_path, Progress(3, Cursor(1, 2), 300, 4.5), model, optimizer, {}, keep=1)
+    progress = Progress(3, Cursor(1, 2), 300, 4.5, 0, Trend(3, 2.9, 0.01))
+    path = save_state(tmp_path, progress, model, optimizer, 1, world_size)
+    assert len(list(path.glob("model-*.safetensors"))) == world_size
     other, other_optimizer = model_and_optimizer(1)
-    assert restore(path, read_state(path), other, other_optimizer) == Progress(3, Cursor(1, 2), 300, 4.5)
+    assert restore(path, read_state(path), other, other_optimizer) == progress
     for _ in range(2):
         train_once(model, optimizer)
         train_once(other, other_optimizer)
@@ -64,13 +82,21 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no state"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "flip", "remove", "no state", "another place", "another format", "null"]
+)
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 10)
     path = save(tmp_path, 20)
-    file = path / ("state.json" if damage == "no state" else "optimizer.safetensors")
+    file = path / ("optimizer-00001-of-00001.safetensors" if damage in ("truncate", "flip", "remove") else "state.json")
     content = bytearray(file.read_bytes())
-    if damage == "truncate":
+    if damage == "another place":
+        file.write_bytes(content.replace(b'"place": 2', b'"place": 3'))
+    elif damage == "another format":
+        file.write_bytes(content.replace(b'"format": 2', b'"format": 3'))
+    elif damage == "null":
+        file.write_text("null")
+    elif damage == "truncate":
         file.write_bytes(content[:-10])
     elif damage == "flip":
         content[len(content) // 2] ^= 1
@@ -88,7 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, damage: st
 
 
 def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path) -> None:
-    (save(tmp_path, 10) / "model.safetensors").unlink()
+    (save(tmp_path, 10) / "model-00001-of-00001.safetensors").unlink()
     with pytest.raises(UserError, match=r"No checkpoint in .* is whole \(step-00000010: .* bring one back from a copy"):
         newest_whole(tmp_path)
     assert (tmp_path / "step-00000010").is_dir()
@@ -117,7 +143,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(float("inf"))
     with pytest.raises(UserError, match=r"After step 19 the weights 0\.weight are not finite"):
-        save_checkpoint(tmp_path, Progress(20), model, optimizer, {}, keep=1)
+        save_state(tmp_path, Progress(20), model, optimizer, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
@@ -126,6 +152,30 @@ def test_leftovers_of_a_killed_run_are_swept(tmp_path: Path) -> None:
     (tmp_path / ".partial-step-00000020").mkdir()
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_begun(tmp_path: Path) -> None:
+    """The thread that writes has copies: the training goes on and changes the originals."""
+    model, optimizer = model_and_optimizer(0)
+    saver = Saver(tmp_path, {}, 1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    saver.begin(Progress(3), model, optimizer)
+    train_once(model, optimizer)
+    saver.wait()
+    other, other_optimizer = model_and_optimizer(1)
+    path = saver.commit()
+    restore(path, read_state(path), other, other_optimizer)
+    assert all(torch.equal(before[name], parameter) for name, parameter in other.named_parameters())
+    assert not all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_without_every_share_there_is_no_checkpoint(tmp_path: Path) -> None:
+    savers = [Saver(tmp_path, {}, 1, rank, 2) for rank in range(2)]
+    savers[0].begin(Progress(3), *model_and_optimizer(0))
+    savers[0].wait()
+    with pytest.raises(UserError, match="checkpoint of step 3 could not be written"):
+        savers[0].commit()
+    assert not list_checkpoints(tmp_path)
 
 
 def test_half_a_save_is_invisible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +192,8 @@ def test_half_a_save_is_invisible(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 10)
-    state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(UserError, match=r"format 99, newer than .* update hf_plm"):
+    state = {**json.loads((path / "state.json").read_text()), "format": 99}
+    del state["checksum"]
+    (path / "state.json").write_text(json.dumps({**state, "checksum": checksum(state)}))
+    with pytest.raises(UserError, match=r"format 99, not 2; it is of a newer version: update hf_plm"):
         newest_whole(tmp_path)

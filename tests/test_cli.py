@@ -39,7 +39,7 @@ def test_help_of_pretrain_names_every_knob() -> None:
     assert all(f"--{name} " in done.stdout for name in KNOBS)
 
 
-@pytest.mark.parametrize("command", ["pretrain", "prepare", "inspect", "simulate"])
+@pytest.mark.parametrize("command", ["pretrain", "launch", "prepare", "inspect", "simulate"])
 def test_each_subcommand_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from hf_plm.cli import parse_knobs
-from hf_plm.config import KNOBS, Recipe, UserError, load_recipe, parse_duration, recipe_names
+from hf_plm.config import KNOBS, Recipe, UserError, parse_duration
+from hf_plm.recipe import load_recipe, recipe_names
 
 
 def recipe_file(folder: Path, text: str) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.data.corpus import Corpus, _TextColumn, open_corpus
+from hf_plm.data.corpus import Corpus, _batches, _TextColumn, open_corpus
 from hf_plm.data.prepare import prepare
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
 
@@ -68,12 +69,26 @@ def test_no_indices_and_indices_outside(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text_type", [pyarrow.string(), pyarrow.large_string()])
-def test_chunks_slices_and_both_string_types(text_type: pyarrow.DataType) -> None:
-    words = ["", "MK", "é", "VLA", "", "W" * 300, "Y"]
-    chunks = [pyarrow.array(words[:3], text_type), pyarrow.array([], text_type), pyarrow.array(words, text_type)[3:]]
-    column = _TextColumn(pyarrow.chunked_array(chunks))
-    indices = [6, 0, 5, 3, 2, 2, 4, 1]
+def test_chunks_and_both_string_types(text_type: pyarrow.DataType, tmp_path: Path) -> None:
+    words = ["", "MK", "é", "VLA", "", "W" * 300, "Y", ""]
+    chunks = [words[:3], [], words[3:7], words[7:]]
+    column = _TextColumn()
+    for number in (0, 1):  # two files
+        path = str(tmp_path / f"{number}.arrow")
+        schema = pyarrow.schema([("other", pyarrow.int64()), ("text", text_type)])
+        with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+            for chunk in chunks[2 * number : 2 * number + 2]:
+                arrays = [pyarrow.array(range(len(chunk)), pyarrow.int64()), pyarrow.array(chunk, text_type)]
+                writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
+        for batch, address in _batches(Path(path)):
+            column.add(pyarrow.OSFile(path), address, batch.column("text"))
+    indices = [7, 6, 0, 5, 3, 2, 2, 4, 1]
     assert [str(piece, "utf-8") for piece in column.pieces(np.array(indices))] == [words[index] for index in indices]
+
+
+def test_a_row_group_is_one_chunk(folder: Path) -> None:
+    """Opening costs time and memory by the chunk; datasets' own default makes three of these."""
+    assert len(open_corpus(folder)._sequences._chunks) == 1
 
 
 def _first_letters(corpus: Corpus, queue: "multiprocessing.Queue[list[str]]") -> None:
@@ -122,3 +137,22 @@ def test_what_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
     shard.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"parquet has 4 bytes where corpus\.json says"):
         open_corpus(copy)
+
+
+def test_a_cache_file_cut_short_under_a_run_is_told(family_corpus: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from hf_plm.data.corpus import _arrow_files
+
+    folder = tmp_path / "corpus"
+    shutil.copytree(family_corpus, folder)
+    corpus = open_corpus(folder)
+    (file,) = _arrow_files([str((folder / corpus.manifest.splits["train"].shards[0].file).resolve())], "train")
+    everything = np.arange(len(corpus))
+    whole = corpus.read(everything)[0]
+    size = file.stat().st_size
+    with open(file, "r+b") as cut:
+        cut.truncate(size // 2)
+    with pytest.raises(UserError, match=r"Sequence \d+ of the corpus cannot be read: .* cut short"):
+        corpus.read(everything)
+    assert len(whole)

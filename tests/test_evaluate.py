@@ -1,10 +1,14 @@
 """Losses against baselines that know no context."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from hf_plm.config import Mask
+from hf_plm.data.corpus import open_corpus
+from hf_plm.data.loader import share_of, validation_micro_batches, validation_windows
 from hf_plm.data.mask import mask_tokens, training_bits
 from hf_plm.inference.evaluate import Evaluation
 from hf_plm.proteins.vocabulary import IGNORED_LABEL, MASK_ID, STANDARD_IDS
@@ -73,3 +77,19 @@ def test_masked_means_shown_as_mask() -> None:
     found = evaluation()
     assert np.array_equal(found.is_masked_K, found.inputs_K == MASK_ID)
     assert 0.79 < found.is_masked_K.mean() < 0.81
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_validation_is_shared_out_once_and_evenly(family_corpus: Path, world_size: int) -> None:
+    """Each window on one process, and as many forward passes on each: sharded engines gather weights in all of them."""
+    corpus = open_corpus(family_corpus, "validation")
+    windows, keys = validation_windows(corpus, 128, 20, seed=0)
+    shares = [
+        list(share_of(validation_micro_batches(corpus, windows, keys, 256, 0, Mask()), rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    seen = [window for share in shares for batch, chosen in share if batch.num_targets for window in chosen]
+    assert sorted(seen) == list(range(20))
+    empty = [batch for share in shares for batch, _ in share if not batch.num_targets]
+    assert len(empty) < world_size

@@ -1,5 +1,6 @@
 """The same steps from any number of workers and processes, and a validation set that never changes."""
 
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hf_plm.data.loader import (
     count_tokens,
     load_steps,
     sequence_keys,
+    stop_signals,
     validation_micro_batches,
     validation_windows,
 )
@@ -65,6 +67,20 @@ def test_an_epoch_is_counted_in_cropped_tokens(family_corpus: Path) -> None:
     corpus = open_corpus(family_corpus)
     assert count_tokens(corpus, 10**6) == int(corpus.lengths.sum()) + 2 * len(corpus)
     assert count_tokens(corpus, 100) < count_tokens(corpus, 200)
+
+
+def test_a_million_at_a_time_is_all_of_them(family_corpus: Path) -> None:
+    corpus = open_corpus(family_corpus)
+    corpus.lengths = np.random.default_rng(0).integers(1, 3000, 2_300_001).astype(np.int32)
+    expected = int(np.minimum(corpus.lengths.astype(np.int64) + 2, 1024).sum())
+    assert count_tokens(corpus, 1024) == expected
+    assert Steps(corpus, PACKING, Mask(), 0, Cursor()).epoch_tokens != expected, "the twin: another crop"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+def test_the_warning_of_a_scheduler_asks_a_run_to_stop() -> None:
+    assert {signal.SIGTERM, signal.SIGUSR1} <= set(stop_signals())
+    assert signal.SIGUSR2 not in stop_signals()
 
 
 def test_validation_does_not_depend_on_packing(family_corpus: Path) -> None:

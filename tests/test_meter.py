@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_plm.config import load_recipe
+from hf_plm.recipe import load_recipe
 from hf_plm.training.meter import Meter, duration, keep_lines_until
 
 

@@ -62,6 +62,22 @@ def test_steps_follow_one_another_and_cross_the_end_of_an_epoch() -> None:
     assert counts.max() - counts.min() <= 1
 
 
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_a_plan_is_the_best_fit_of_the_order(longest_first: bool) -> None:
+    """However many windows are asked for at a time, and however the corpus is sorted; here over three epochs."""
+    lengths, packing, cursor = lengths_of(90), Packing(512, 8192, 8, 1), Cursor(4, 80)
+    lengths = np.sort(lengths)[::-1] if longest_first else lengths
+    run = windows_from(lengths, packing, cursor, 400)
+    bins = best_fit(iter(run.num_tokens.tolist()), packing.tokens, packing.micro_batches)
+    plan = plan_step(lengths, packing, 0, cursor)
+    assert [w.indices.tolist() for w in plan.micro_batches] == [run.indices[bin_].tolist() for bin_ in bins]
+    assert [w.starts.tolist() for w in plan.micro_batches] == [run.starts[bin_].tolist() for bin_ in bins]
+    assert plan.next_cursor == Cursor(4 + (80 + sum(map(len, bins))) // 90, (80 + sum(map(len, bins))) % 90)
+    # The twin: another place in the order is another plan.
+    other = plan_step(lengths, packing, 0, Cursor(4, 79))
+    assert [w.indices.tolist() for w in other.micro_batches] != [w.indices.tolist() for w in plan.micro_batches]
+
+
 def test_a_step_is_the_same_from_its_cursor_as_in_a_row() -> None:
     lengths, packing = lengths_of(500), Packing(512, 2048, 3, 1)
     first = plan_step(lengths, packing, 0, Cursor())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -182,7 +183,7 @@ def test_two_processes_do_not_share_a_folder(family_fasta: Path, tmp_path: Path)
         process = launch(tmp_path / "run", family_fasta)
         output, _ = process.communicate(timeout=60)
         assert process.returncode != 0
-        assert f"Process {os.getpid()} runs in {tmp_path / 'run'} already" in output
+        assert f"Process {os.getpid()} of {platform.node()} runs in {tmp_path / 'run'} already" in output
 
 
 def test_twin_another_seed_has_other_numbers(whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path) -> None:

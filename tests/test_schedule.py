@@ -1,10 +1,14 @@
 """The learning rate at each corner, and what a run derives from its machine."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+from accelerate import DistributedType
 
-from hf_plm.config import Recipe, Schedule, UserError, load_recipe
+from hf_plm.config import Recipe, Schedule, UserError
+from hf_plm.recipe import load_recipe
+from hf_plm.training.pretrain import check_split
 from hf_plm.training.schedule import MAX_BATCH_TOKENS, rate_factor, resolve
 
 STEPS = Schedule(steps=1000, warmup=100)
@@ -69,3 +73,33 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
 def test_auto_micro_batches_need_a_budget() -> None:
     with pytest.raises(UserError, match="needs a budget"):
         resolve(Recipe().replace(batch__micro_batches=None), None, is_cpu=True, **CORPUS)
+
+
+def test_a_fitted_batch_leaves_no_process_idle() -> None:
+    recipe = resolve(load_recipe("mine"), 100_000, is_cpu=False, world_size=6, **CORPUS)
+    assert recipe.batch.micro_batches is not None
+    assert recipe.batch.micro_batches % 6 == 0
+    assert recipe.batch.micro_batches * recipe.batch.tokens == pytest.approx(262_144, rel=0.2)
+
+
+@pytest.mark.parametrize(("micro_batches", "idles"), [(4, True), (6, False), (2, True)])
+def test_micro_batches_that_processes_do_not_divide_are_said_or_refused(
+    micro_batches: int, idles: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accelerator = SimpleNamespace(num_processes=3, is_main_process=True, distributed_type="MULTI_CPU")
+    recipe = Recipe().replace(batch__micro_batches=micro_batches)
+    check_split(recipe, accelerator)
+    said = f"{micro_batches} micro-batches on 3 processes: the step is the same, and 33% of the processes' time idles."
+    assert (said in capsys.readouterr().out) == idles
+    strict = recipe.replace(batch__strict=True)
+    if idles:
+        with pytest.raises(UserError, match=r"no multiple of the 3 processes, so 33% of their time is idle"):
+            check_split(strict, accelerator)
+    else:
+        check_split(strict, accelerator)
+
+
+def test_dropping_updates_is_refused_under_deepspeed() -> None:
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=True, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(UserError, match=r"skip cannot drop an update under DeepSpeed.* use --spike\.action rollback"):
+        check_split(Recipe().replace(spike__action="skip"), accelerator)

@@ -1,20 +1,29 @@
 """A prepared corpus, open for random access: the residues of any set of sequences as one array.
 
-Storage is `datasets`: Parquet becomes a memory-mapped Arrow file in its cache, once, so that 20 GB of sequences cost no
-memory and all processes of a machine share the same pages. A batch is gathered from Arrow's buffers with one copy, at
-300 million residues per second and more for 64 sequences and up; Arrow's own `take` reaches 6 million here, because it
-first joins the hundred or more chunks of the column.
+Storage is `datasets`: Parquet becomes Arrow files in its cache, once. Those are read at the places where the sequences
+stand, and not mapped: all processes use the system's one cache of them, and the memory of each is the lengths, 4 bytes
+a sequence. Mapped, 20 GB of sequences count as memory of every process that has seen them, and a read of 400 residues
+brings 128 KB from the disk, or what else the system reads ahead. Batches of 64 sequences and more come at 150 million
+residues per second; Arrow's own `take` reaches 6 million, because it first joins all chunks of a column.
 """
 
 import hashlib
+import mmap
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 
 from hf_plm.config import UserError
 from hf_plm.data.manifest import Manifest, read_manifest
+
+ROWS_OF_A_CHUNK = 1_000_000
+"""More than a row group of Parquet has, so that a row group becomes one chunk of Arrow. With datasets' own 1,000 rows,
+opening 65 million sequences took 10 seconds, a minute from a cold disk, and mapped 4 GB, page by page."""
 
 
 class Corpus:
@@ -23,12 +32,20 @@ class Corpus:
     lengths: int32 (N,), residues of each sequence. fingerprint: hex, equal only where the data files are equal.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: Manifest, table: pyarrow.Table):
+    def __init__(self, folder: Path, split: str, manifest: Manifest, files: list[Path]):
         self.folder, self.split, self.manifest = folder, split, manifest
         self.name = manifest.name
-        self.lengths: np.ndarray = table.column("length").to_numpy().astype(np.int32, copy=False)
-        self._sequences = _TextColumn(table.column("sequence"))
-        self._ids = _TextColumn(table.column("id"))
+        self.lengths = np.empty(manifest.splits[split].sequences, dtype=np.int32)
+        self._sequences, self._ids = _TextColumn(), _TextColumn()
+        end = 0
+        for path in files:
+            file = pyarrow.OSFile(str(path))
+            for batch, address in _batches(path):
+                begin, end = end, end + len(batch)
+                self.lengths[begin:end] = _lengths(file, address, batch.column("length"))
+                self._sequences.add(file, address, batch.column("sequence"))
+                self._ids.add(file, address, batch.column("id"))
+        assert end == len(self.lengths)
         checksums = " ".join(shard.sha256 for shard in manifest.splits[split].shards)
         self.fingerprint = hashlib.sha256(checksums.encode()).hexdigest()[:32]
 
@@ -56,33 +73,58 @@ class Corpus:
         return [str(piece, "utf-8") for piece in self._ids.pieces(indices)]
 
 
+def _batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    """The record batches of an Arrow file, unread, and the address it is mapped at: what stands where."""
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    whole = pyarrow.py_buffer(mapped)
+    for batch in pyarrow.ipc.open_stream(whole):
+        yield batch, whole.address
+
+
+def _lengths(file: pyarrow.NativeFile, address: int, chunk: pyarrow.Array) -> np.ndarray:
+    """A chunk of int32 by one read, where the map would be read page by page."""
+    assert chunk.type == pyarrow.int32()
+    return np.frombuffer(file.read_at(4 * len(chunk), chunk.buffers()[1].address - address), np.int32)
+
+
 class _TextColumn:
-    """A column of strings as views of Arrow's own memory, chunk by chunk; no byte is copied until it is read."""
+    """A column of strings as places in Arrow files, chunk by chunk."""
 
-    def __init__(self, column: pyarrow.ChunkedArray):
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._ends = np.cumsum([len(chunk) for chunk in chunks])
-        self._starts: list[int] = [0, *self._ends.tolist()]
-        self._chunks: list[tuple[memoryview, memoryview]] = []
-        for chunk in chunks:
-            _, offsets, text = chunk.buffers()
-            width = 8 if pyarrow.types.is_large_string(chunk.type) else 4
-            view = memoryview(offsets)[chunk.offset * width : (chunk.offset + len(chunk) + 1) * width]
-            self._chunks.append((view.cast("B").cast("q" if width == 8 else "i"), memoryview(text or b"")))
+    def __init__(self) -> None:
+        self._starts = [0]
+        self._chunks: list[tuple[pyarrow.NativeFile, int, int, struct.Struct]] = []
 
-    def pieces(self, indices: np.ndarray) -> list[memoryview]:
-        """The bytes of the strings at `indices`, uncopied."""
+    def add(self, file: pyarrow.NativeFile, address: int, chunk: pyarrow.Array) -> None:
+        """The next chunk: strings in `file`, which is mapped at `address`."""
+        _, offsets, text = chunk.buffers()
+        pair = struct.Struct("<2q" if pyarrow.types.is_large_string(chunk.type) else "<2i")
+        first_offset = offsets.address - address
+        self._chunks.append((file, first_offset, text.address - address if text else 0, pair))
+        self._starts.append(self._starts[-1] + len(chunk))
+
+    def pieces(self, indices: np.ndarray) -> list[bytes]:
+        """The bytes of the strings at `indices`."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self._starts[-1]:
             raise IndexError(
                 f"expected indices from 0 to {self._starts[-1] - 1}, got {indices.min()} to {indices.max()}"
             )
         pieces = []
-        numbers = np.searchsorted(self._ends, indices, side="right").tolist()
+        numbers = (np.searchsorted(self._starts, indices, side="right") - 1).tolist()
         for number, index in zip(numbers, indices.tolist(), strict=True):
-            offsets, text = self._chunks[number]
+            file, first_offset, text, pair = self._chunks[number]
             place = index - self._starts[number]
-            pieces.append(text[offsets[place] : offsets[place + 1]])
+            offsets = file.read_at(pair.size, first_offset + place * (pair.size // 2))
+            begin, end = pair.unpack(offsets) if len(offsets) == pair.size else (0, -1)
+            pieces.append(file.read_at(end - begin, text + begin) if end >= begin else b"")
+            if len(pieces[-1]) != end - begin:
+                raise UserError(
+                    f"Sequence {index} of the corpus cannot be read: its file in the cache of the datasets library was "
+                    "cut short since the run began; remove it (HF_DATASETS_CACHE, or ~/.cache/huggingface/datasets)."
+                )
         return pieces
 
 
@@ -99,10 +141,11 @@ def open_corpus(folder: str | Path, split: str = "train") -> Corpus:
             state = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is missing"
             raise UserError(f"{path} {state} where corpus.json says {shard.bytes:,}; prepare the corpus again.")
         files.append(str(path.resolve()))
-    return Corpus(folder, split, manifest, _arrow_table(files, split))
+    return Corpus(folder, split, manifest, _arrow_files(files, split))
 
 
-def _arrow_table(files: list[str], split: str) -> pyarrow.Table:
+def _arrow_files(files: list[str], split: str) -> list[Path]:
+    """The Arrow files, in their order, that `datasets` has made of the Parquet files, or makes now."""
     import datasets
     from datasets.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
@@ -111,7 +154,9 @@ def _arrow_table(files: list[str], split: str) -> pyarrow.Table:
     set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        dataset = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+        # What `load_dataset` does, but for mapping the result.
+        builder = datasets.load_dataset_builder("parquet", data_files={split: files}, writer_batch_size=ROWS_OF_A_CHUNK)
+        builder.download_and_prepare()
     except OSError as error:
         raise UserError(
             f"The cache of the datasets library cannot be written ({error}); "
@@ -121,4 +166,4 @@ def _arrow_table(files: list[str], split: str) -> pyarrow.Table:
         set_verbosity(verbosity)
         if not had_no_bars:
             datasets.enable_progress_bars()
-    return dataset.data.table
+    return sorted(Path(builder.cache_dir).glob(f"{builder.dataset_name}-{split}*.arrow"))

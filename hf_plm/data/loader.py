@@ -5,9 +5,12 @@ processes yields the same steps, and resuming is starting at another step and cu
 w, w + W, ... and plans the ones between from lengths alone: half a millisecond and a microsecond per sequence each.
 """
 
+import multiprocessing
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -62,7 +65,7 @@ class Steps(IterableDataset[Step]):
         self.step, self.cursor = step, cursor
         self.rank, self.world_size = rank, world_size
 
-    @property
+    @cached_property
     def epoch_tokens(self) -> int:
         return count_tokens(self.corpus, self.packing.crop)
 
@@ -83,20 +86,41 @@ class Steps(IterableDataset[Step]):
 
 
 def count_tokens(corpus: Corpus, crop: int) -> int:
-    """Tokens of one epoch: of one window of each sequence."""
-    return int(np.minimum(corpus.lengths.astype(np.int64) + NUM_SPECIALS, crop).sum())
+    """Tokens of one epoch: of one window of each sequence. A million at a time, since all at once would take a GB."""
+    blocks = (corpus.lengths[begin : begin + 1_000_000] for begin in range(0, len(corpus), 1_000_000))
+    return sum(int(np.minimum(block.astype(np.int64) + NUM_SPECIALS, crop).sum()) for block in blocks)
 
 
-def load_steps(steps: Steps, num_workers: int, pin_memory: bool) -> Iterator[Step]:
+def load_steps(steps: Steps, num_workers: int, pin_memory: bool) -> Generator[Step, None, None]:
+    """The steps, read ahead by worker processes where there are any; `close` ends these.
+
+    Raises RuntimeError where one of them has died, in the call that misses its step. torch would raise it through
+    SIGCHLD, anywhere in the main thread, in the middle of an update too, so its handler is taken out again.
+    """
     loader: DataLoader[Step] = DataLoader(
         steps, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=_leave_signals_to_main
     )
-    return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD) if num_workers and hasattr(signal, "SIGCHLD") else None
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield from iterator
+    finally:
+        # Its deletion tells the workers to end, unless a traceback still holds it. At the end of the program they would
+        # be sent SIGTERM, which they ignore, and waited for; they only read, so nothing is lost.
+        del iterator
+        for worker in workers:
+            worker.kill()
 
 
 def stop_signals() -> list[signal.Signals]:
-    """What asks a run to stop: Ctrl-C, a scheduler, a closed terminal (Windows has no word for that)."""
-    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    """What asks a run to stop: Ctrl-C, a scheduler, a closed terminal, a scheduler's warning ahead of a time limit
+    (SIGUSR1). Windows has no word for the last two."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def _leave_signals_to_main(worker_id: int) -> None:
@@ -145,3 +169,16 @@ def validation_micro_batches(
         position_T = np.arange(len(ids_T)) + np.repeat(packed.starts - cu_seqlens[:-1], packed.num_tokens)
         bits = validation_bits(seed, key_T, position_T)
         yield to_micro_batch(*mask_tokens(ids_T, bits, mask), cu_seqlens), chosen
+
+
+def share_of(
+    batches: Iterator[tuple[MicroBatch, np.ndarray]], rank: int, world_size: int
+) -> Iterator[tuple[MicroBatch, np.ndarray]]:
+    """Validation micro-batches `rank`, `rank + world_size`, ...; an empty one at the end where others have one more."""
+    count = 0
+    for batch in batches:
+        if count % world_size == rank:
+            yield batch
+        count += 1
+    if 0 < count % world_size <= rank:
+        yield empty_micro_batch(), np.zeros(1, dtype=np.int64)

@@ -85,10 +85,12 @@ def ensure_prepared(
     inputs = _gather(given, validation, test)
     folder = Path(cache) / f"{_corpus_name(inputs)}-{_cache_key(inputs, options)}"
     if is_corpus(folder):
-        print(f"Data: {folder}, prepared before from the same files")
+        if show_progress:
+            print(f"Data: {folder}, prepared before from the same files")
         return folder
-    print(report(_prepare(inputs, folder, options, show_progress, replaces=False)))
-    print(f"Data: {folder}")
+    manifest = _prepare(inputs, folder, options, show_progress, replaces=False)
+    if show_progress:
+        print(f"{report(manifest)}\nData: {folder}")
     return folder
 
 

@@ -90,21 +90,21 @@ class Evaluation:
         return [float(sums_S.sum() / counts_S.sum()), float(low), float(high)]
 
 
+# What a micro-batch contributes: losses_K, is_correct_K, labels_K, inputs_K, sequences_K.
+Part = tuple[np.ndarray, ...]
+
+
 @torch.no_grad()
-def evaluate(
-    module: torch.nn.Module,
-    micro_batches: Iterable[tuple[MicroBatch, np.ndarray]],
-    num_sequences: int,
-    mask: Mask,
-    device: torch.device,
-) -> Evaluation:
+def predict(
+    module: torch.nn.Module, micro_batches: Iterable[tuple[MicroBatch, np.ndarray]], device: torch.device
+) -> list[Part]:
     """Run `module`, a `PackedMaskedLM` as it is or as an engine wrapped it, over held-out micro-batches.
 
     `micro_batches` come from `hf_plm.data.loader.validation_micro_batches`: each with the window of each sequence.
     """
     was_training = module.training
     module.eval()
-    parts: list[tuple[np.ndarray, ...]] = []
+    parts: list[Part] = []
     for micro_batch, windows in micro_batches:
         moved = micro_batch.to(device)
         losses, is_correct, sequences, input_ids, labels = (
@@ -115,7 +115,23 @@ def evaluate(
         )
         parts.append((losses.astype(np.float64), is_correct, labels, input_ids, windows[sequences]))
     module.train(was_training)
+    return parts
+
+
+def evaluation(parts: list[Part], num_sequences: int, mask: Mask) -> Evaluation:
+    """What the parts say together; raises `UserError` where they hold no target."""
     if not any(len(part[0]) for part in parts):
         raise UserError("The held-out sequences have not one target; give more of them with --data.validation.")
     losses, is_correct, labels, inputs, sequences = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return Evaluation(losses, is_correct, labels, inputs, sequences, num_sequences, mask)
+
+
+def evaluate(
+    module: torch.nn.Module,
+    micro_batches: Iterable[tuple[MicroBatch, np.ndarray]],
+    num_sequences: int,
+    mask: Mask,
+    device: torch.device,
+) -> Evaluation:
+    """`predict` and `evaluation`, on one process."""
+    return evaluation(predict(module, micro_batches, device), num_sequences, mask)

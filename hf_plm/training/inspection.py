@@ -37,7 +37,10 @@ def _stand(folder: Path) -> str:
 
 
 def _nearest_cursor(folder: Path, step: int) -> tuple[int, Cursor]:
-    """The latest step at or before `step` whose cursor the metrics hold; a line of step n is about step n - 1."""
+    """The latest step at or before `step` whose cursor the metrics hold.
+
+    A line of n steps done is about step n - 1, and one of a return from a loss spike about the step that follows.
+    """
     best, cursor = 0, Cursor()
     metrics = folder / run_folder.METRICS
     for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
@@ -45,6 +48,8 @@ def _nearest_cursor(folder: Path, step: int) -> tuple[int, Cursor]:
             line = json.loads(text)
         except ValueError:  # the last line of a run that was killed
             continue
+        if "to_place" in line and best <= line["step"] <= step:
+            best, cursor = line["step"], Cursor(line["to_epoch"], line["to_place"])
         if "place" in line and best < line["step"] - 1 <= step:
             best, cursor = line["step"] - 1, Cursor(line["epoch"], line["place"])
     return best, cursor

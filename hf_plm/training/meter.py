@@ -35,15 +35,19 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
 
 
-def keep_lines_until(path: Path, step: int) -> None:
-    """Drop what a resumed run will write again: steps after `step`, the final validation; and a torn last line."""
+def keep_lines_until(path: Path, step: int, keeps_notes: bool = False) -> None:
+    """Drop what a resumed run will write again: steps after `step`, the final validation; and a torn last line.
+
+    A note of a return to `step` is written again too, where the run meets that loss spike again: unless `keeps_notes`.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             content = json.loads(line)
-            if content["step"] <= step and not content.get("final"):
+            is_note = "rolled_back_from" in content and content["step"] == step
+            if content["step"] <= step and not content.get("final") and (keeps_notes or not is_note):
                 kept.append(line)
         except (ValueError, KeyError):
             continue
@@ -199,6 +203,14 @@ class Meter:
                 f"Warning: {duration(left)} is long; --schedule.budget 8h fits a run into 8 hours, "
                 "--schedule.steps N shortens it to N steps (both start a new run: give it a new --run.folder)."
             )
+
+    def go_back(self, step: int, note: Mapping[str, Any]) -> None:
+        """Forget the lines after `step`, which will be written again, and say why in one of that step."""
+        if self.is_main:
+            self.file.close()
+            keep_lines_until(self.path, step, keeps_notes=True)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+            self.write({"step": step, **note})
 
     def sync(self) -> None:
         """Lines on disk before the checkpoint that counts on them."""

@@ -2,70 +2,106 @@
 
 import math
 import os
+from collections import Counter
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from transformers import EsmForMaskedLM
 
 from hf_plm.config import Recipe, UserError
 from hf_plm.data.corpus import Corpus, open_corpus
-from hf_plm.data.loader import Steps, count_tokens, validation_micro_batches, validation_windows
-from hf_plm.data.pack import Packing
+from hf_plm.data.loader import Steps, count_tokens, share_of, validation_micro_batches, validation_windows
+from hf_plm.data.pack import Packing, Windows
 from hf_plm.data.prepare import ensure_prepared
-from hf_plm.inference.evaluate import Evaluation, evaluate
+from hf_plm.inference.evaluate import Evaluation, evaluation, predict
 from hf_plm.models.attention import attention_route
 from hf_plm.models.hub import load_hub_folder
 from hf_plm.models.objective import PackedMaskedLM
-from hf_plm.models.presets import build_model, esm_config
+from hf_plm.models.presets import build_model, esm_config, num_parameters
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
-from hf_plm.training.checkpoint import Progress, newest_whole, restore, sweep
+from hf_plm.training.checkpoint import Progress, Saver, newest_whole, restore, sweep
+from hf_plm.training.engine import configure, gather_stock, reshard, set_up
 from hf_plm.training.finish import finish, is_simulated, summary_lines
+from hf_plm.training.guard import check_before_start, check_launch
 from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
-from hf_plm.training.runtime import machine_facts, measure_speed, start_accelerator, stop_on_signals
+from hf_plm.training.record import Record, go_back
+from hf_plm.training.runtime import (
+    gather,
+    in_turn,
+    machine_facts,
+    measure_speed,
+    on_main,
+    say,
+    start_accelerator,
+    stop_on_signals,
+    together,
+    told_of_lost_processes,
+)
 from hf_plm.training.schedule import resolve
-from hf_plm.training.trainer import Parts, run_steps
+from hf_plm.training.spikes import MAX_IN_A_ROW
+from hf_plm.training.trainer import Parts, SpikeError, run_steps, settle
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: the stock model, its tokenizer, the Hub folder they were written to, and summary.json."""
+    """A finished run: the Hub folder that it wrote, what is in it, and summary.json."""
 
-    model: EsmForMaskedLM = field(repr=False)
-    tokenizer: ProteinTokenizer = field(repr=False)
     hub_folder: Path
     summary: dict[str, Any]
+
+    @cached_property
+    def _loaded(self) -> tuple[EsmForMaskedLM, ProteinTokenizer]:
+        return load_hub_folder(self.hub_folder)
+
+    @property
+    def model(self) -> EsmForMaskedLM:
+        """The stock model, read from the Hub folder when it is first asked for."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> ProteinTokenizer:
+        return self._loaded[1]
 
 
 def pretrain(recipe: Recipe) -> Result:
     """Run a recipe, or go on with the run in its folder; returns when it is finished.
 
-    Raises `UserError` for the user's mistakes and `StoppedError` when a signal ended the run early.
+    Raises `UserError` for the user's mistakes and `StoppedError` when a signal ended the run early, on all processes.
     """
     esm_config(recipe.model.preset)  # a misspelt one is told now, not after an hour of preparing
     check_trackers(recipe)
+    check_before_start()
+    if recipe.run.precision == "auto":  # a run goes on in the precision that it began in
+        recipe = recipe.replace(run__precision=run_folder.stored_precision(recipe.run_folder))
     accelerator = start_accelerator(recipe)
+    check_launch(accelerator)
     with ExitStack() as held:
-        if accelerator.is_main_process:
+        held.enter_context(told_of_lost_processes(accelerator))
+
+        def take() -> None:
             held.enter_context(run_folder.take(recipe.run_folder))
-        with accelerator.main_process_first():
-            train, held_out = open_corpora(recipe)
-        earlier = run_folder.stored_recipe(recipe, train, held_out)
-        if run_folder.read_summary(recipe.run_folder) is None or not (recipe.run_folder / run_folder.HUB).is_dir():
+
+        on_main(accelerator, take)
+        train, held_out = in_turn(
+            accelerator, f"corpora of {recipe.run_folder}", partial(open_corpora, recipe, accelerator.is_main_process)
+        )
+        earlier = on_main(accelerator, lambda: run_folder.stored_recipe(recipe, train, held_out))
+        if on_main(accelerator, lambda: run_folder.finished(recipe.run_folder)) is None:
             _run(recipe, earlier, accelerator, train, held_out)
-        accelerator.wait_for_everyone()
-        summary = run_folder.read_summary(recipe.run_folder)
+        summary = on_main(accelerator, lambda: run_folder.finished(recipe.run_folder))
         assert summary is not None
-        accelerator.print(summary_lines(summary, recipe.run_folder))
-        model, tokenizer = load_hub_folder(recipe.run_folder / run_folder.HUB)
+        say(accelerator, summary_lines(summary, recipe.run_folder))
         accelerator.end_training()
-    return Result(model, tokenizer, recipe.run_folder / run_folder.HUB, summary)
+    return Result(recipe.run_folder / run_folder.HUB, summary)
 
 
 def _run(asked: Recipe, earlier: Recipe | None, accelerator: Accelerator, train: Corpus, held_out: Corpus) -> None:
@@ -79,35 +115,85 @@ def _run(asked: Recipe, earlier: Recipe | None, accelerator: Accelerator, train:
     module = PackedMaskedLM(model.to(accelerator.device))
     if earlier is None:
         recipe = _resolve(recipe, accelerator, module, train, held_out)
-        if accelerator.is_main_process:
-            run_folder.write_config(recipe, train, held_out)
     assert recipe.batch.micro_batches is not None
-    accelerator.gradient_accumulation_steps = math.ceil(recipe.batch.micro_batches / accelerator.num_processes)
+    check_split(recipe, accelerator)  # before anything is written: a refused run has not begun
+    if earlier is None:
+        on_main(accelerator, lambda: run_folder.write_config(recipe, train, held_out))
+    together(accelerator, lambda: run_folder.check_visible(folder))
+    rounds = math.ceil(recipe.batch.micro_batches / accelerator.num_processes)
+    facts = machine_facts(accelerator)  # before DeepSpeed is told that its own bf16 is not wanted
+    configure(accelerator, recipe.optimizer, rounds)
+    wrapped, optimizer = accelerator.prepare(module, build_optimizer(module, recipe.optimizer))
 
-    optimizer = build_optimizer(module, recipe.optimizer)
-    facts = machine_facts(accelerator)
-    progress = _resume(folder, accelerator, model, optimizer, facts)
-    wrapped, prepared = accelerator.prepare(module, optimizer)
-
-    packing = Packing(recipe.data.crop, recipe.batch.tokens, recipe.batch.micro_batches, recipe.run.seed)
     ranks = (accelerator.process_index, accelerator.num_processes)
-    steps = Steps(train, packing, recipe.mask, progress.step, progress.cursor, *ranks)
+    packing = Packing(recipe.data.crop, recipe.batch.tokens, recipe.batch.micro_batches, recipe.run.seed)
+
+    def steps_from(progress: Progress) -> Steps:
+        return Steps(train, packing, recipe.mask, progress.step, progress.cursor, *ranks)
+
+    @cache
+    def windows(num_sequences: int) -> tuple[Windows, np.ndarray]:
+        return validation_windows(held_out, recipe.data.crop, num_sequences, recipe.run.seed)
 
     def validate(num_sequences: int) -> Evaluation:
-        chosen = validation_windows(held_out, recipe.data.crop, num_sequences, recipe.run.seed)
+        chosen = windows(num_sequences)
         batches = validation_micro_batches(held_out, *chosen, recipe.batch.tokens, recipe.run.seed, recipe.mask)
-        return evaluate(wrapped, batches, len(chosen[0]), recipe.mask, accelerator.device)
+        with accelerator.autocast():
+            mine = predict(wrapped, share_of(batches, *ranks), accelerator.device)
+        # In the order in which one process would have had them, so that the sums are the same.
+        in_order = [part for turn in zip(*gather(accelerator, mine), strict=True) for part in turn]
+        return evaluation(in_order, len(chosen[0]), recipe.mask)
 
+    progress = _resume(folder, accelerator, model, optimizer.optimizer, facts)
+    record = Record(folder, accelerator.process_index) if recipe.run.record else None
+    saver = Saver(folder / run_folder.CHECKPOINTS, facts, recipe.checkpoint.keep, *ranks)
     with (
         closing(Meter(recipe, folder, progress.step, progress.seconds, accelerator.is_main_process)) as meter,
         stop_on_signals() as request,
+        told_of_lost_processes(accelerator),  # before the signal by which the launcher ends this process too
     ):
-        parts = Parts(recipe, accelerator, wrapped, model, prepared, steps, validate, facts, request)
-        _announce(parts, meter, train, held_out)
-        progress = run_steps(parts, meter, progress)
-        evaluation = validate(recipe.validation.final_sequences)
-        if accelerator.is_main_process:
-            finish(recipe, model, progress, evaluation, train, held_out, facts, meter)
+        steps = steps_from(progress)
+        parts = Parts(recipe, accelerator, wrapped, model, optimizer, steps, validate, request, saver, record)
+        _announce(parts, facts, meter, train, held_out)
+        returns: Counter[int] = Counter()
+        while True:
+            try:
+                progress = run_steps(parts, meter, progress)
+                break
+            except SpikeError as spike:
+                settle(parts, meter)
+                progress = _roll_back(parts, meter, spike, returns)
+                parts = replace(parts, steps=steps_from(progress))
+            except UserError:  # raised on all processes at once; what was being written is still good
+                settle(parts, meter)
+                raise
+        final = validate(recipe.validation.final_sequences)
+        reshard(wrapped)
+        stock = gather_stock(accelerator, model, optimizer.optimizer)
+        on_main(accelerator, lambda: finish(recipe, stock, progress, final, train, held_out, facts, meter))
+
+
+def check_split(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse what the engine cannot do; say, or refuse, that some processes idle in the last round of each step."""
+    world_size, micro_batches = accelerator.num_processes, recipe.batch.micro_batches
+    assert micro_batches is not None
+    if recipe.spike.action == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError(
+            "spike.action skip cannot drop an update under DeepSpeed, which applies it in the backward pass; "
+            "use --spike.action rollback, or another engine."
+        )
+    idle = 1 - micro_batches / (math.ceil(micro_batches / world_size) * world_size)
+    if idle and recipe.batch.strict:
+        raise UserError(
+            f"batch.micro_batches ({micro_batches}) is no multiple of the {world_size} processes, so {idle:.0%} of "
+            "their time is idle, and batch.strict refuses that; change one of them."
+        )
+    if idle:
+        say(
+            accelerator,
+            f"{micro_batches} micro-batches on {world_size} processes: the step is the same, and {idle:.0%} of the "
+            "processes' time idles.",
+        )
 
 
 def _recompute_activations(model: EsmForMaskedLM) -> None:
@@ -117,7 +203,7 @@ def _recompute_activations(model: EsmForMaskedLM) -> None:
     enable({"use_reentrant": False})
 
 
-def open_corpora(recipe: Recipe) -> tuple[Corpus, Corpus]:
+def open_corpora(recipe: Recipe, show_progress: bool = True) -> tuple[Corpus, Corpus]:
     """The training and the held-out split, prepared first where they are not."""
     data = recipe.data
     if not data.train:
@@ -134,6 +220,7 @@ def open_corpora(recipe: Recipe) -> tuple[Corpus, Corpus]:
         duplicates=data.duplicates,
         max_rejected=data.max_rejected,
         sequence_column=data.sequence_column,
+        show_progress=show_progress,
     )
     train = open_corpus(folder, "train")
     if "validation" not in train.manifest.splits:
@@ -152,10 +239,10 @@ def _resolve(
     is_cpu = accelerator.device.type == "cpu"
     speed = None
     if recipe.budget_seconds is not None:
-        accelerator.print("Measuring the speed of this machine, a few seconds ...", flush=True)
+        say(accelerator, "Measuring the speed of this machine, a few seconds ...")
         speed = measure_speed(accelerator, module, train, recipe)
     mean_tokens = count_tokens(held_out, recipe.data.crop) / len(held_out)
-    resolved = resolve(recipe, speed, epoch_tokens, mean_tokens, is_cpu)
+    resolved = resolve(recipe, speed, epoch_tokens, mean_tokens, is_cpu, accelerator.num_processes)
     resolved = resolved.replace(run__precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32")
     assert resolved.batch.micro_batches is not None
     step_tokens = resolved.batch.micro_batches * resolved.batch.tokens
@@ -173,40 +260,76 @@ def _resolve(
 
 
 def _resume(
-    folder: Path,
-    accelerator: Accelerator,
-    model: EsmForMaskedLM,
-    optimizer: torch.optim.Optimizer,
-    facts: dict[str, Any],
+    folder: Path, accelerator: Accelerator, model: EsmForMaskedLM, optimizer: Any, facts: dict[str, Any]
 ) -> Progress:
-    if accelerator.is_main_process:
-        sweep(folder / run_folder.CHECKPOINTS)
-    checkpoint, state, complaints = newest_whole(folder / run_folder.CHECKPOINTS)
+    """Go on from the newest whole checkpoint, which the main process chooses for all."""
+    checkpoints = folder / run_folder.CHECKPOINTS
+
+    def choose() -> tuple[Path | None, dict[str, Any], list[str]]:
+        sweep(checkpoints)
+        chosen = newest_whole(checkpoints)
+        step = chosen[1]["progress"]["step"] if chosen[0] else 0
+        go_back(folder, step)
+        return chosen
+
+    checkpoint, state, complaints = on_main(accelerator, choose)
     for complaint in complaints:
-        accelerator.print(complaint)
+        say(accelerator, complaint)
     if checkpoint is None:
+        set_up([parameter for parameter in model.parameters() if parameter.requires_grad], optimizer, num_updates=0)
         return Progress()
-    progress = restore(checkpoint, state, model, optimizer)
-    for name, was in state["facts"].items():
-        if facts.get(name) != was:
-            accelerator.print(
-                f"Since the checkpoint {name} changed from {was} to {facts.get(name)}: losses may differ."
-            )
-    accelerator.print(f"Going on from {checkpoint} (step {progress.step:,}, {progress.tokens:,} tokens).")
+    progress = together(accelerator, lambda: restore(checkpoint, state, model, optimizer))
+    changes = [
+        f"{name} from {was} to {facts.get(name)}" for name, was in state["facts"].items() if facts.get(name) != was
+    ]
+    if changes:
+        say(
+            accelerator, f"Changed after the checkpoint: {', '.join(changes)}; the steps are the same, rounding is not."
+        )
+    say(accelerator, f"Going on from {checkpoint} (step {progress.step:,}, {progress.tokens:,} tokens).")
     return progress
 
 
-def _announce(parts: Parts, meter: Meter, train: Corpus, held_out: Corpus) -> None:
-    recipe, facts = parts.recipe, parts.facts
+def _roll_back(parts: Parts, meter: Meter, spike: SpikeError, returns: Counter[int]) -> Progress:
+    """Weights and moments of the newest checkpoint, then the sequences after the spike; `returns` counts by step."""
+    folder = parts.recipe.run_folder
+    checkpoint, state, complaints = on_main(parts.accelerator, lambda: newest_whole(folder / run_folder.CHECKPOINTS))
+    for complaint in complaints:
+        meter.say(complaint)
+    last = spike.progress.step - 1
+    if checkpoint is None:
+        raise UserError(
+            f"{spike} There is no checkpoint yet to go back to: the run stopped. A lower --optimizer.learning_rate in "
+            "a new run often avoids it, or --spike.action none goes on."
+        )
+    reshard(parts.module)
+    restored = together(parts.accelerator, lambda: restore(checkpoint, state, parts.model, parts.optimizer.optimizer))
+    returns[restored.step] += 1
+    if returns[restored.step] == MAX_IN_A_ROW:
+        raise UserError(
+            f"{spike} The run went back to {checkpoint} {MAX_IN_A_ROW} times and met one each time: it stopped. Raise "
+            "--spike.deviations, or lower --optimizer.learning_rate in a new run."
+        )
+    progress = replace(restored, cursor=spike.progress.cursor, seconds=meter.seconds)
+    after = progress.cursor
+    note = {"rolled_back_from": last + 1, "spike_loss": spike.loss, "to_epoch": after.epoch, "to_place": after.place}
+    meter.go_back(restored.step, note)
+    meter.say(f"{spike} Going back to step {restored.step}, and passing over the sequences up to here.")
+    on_main(parts.accelerator, lambda: go_back(folder, restored.step))
+    return progress
+
+
+def _announce(parts: Parts, facts: dict[str, Any], meter: Meter, train: Corpus, held_out: Corpus) -> None:
+    recipe = parts.recipe
     dtype = torch.bfloat16 if facts["precision"] == "bf16" else torch.float32
-    num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     head_dim = parts.model.config.hidden_size // parts.model.config.num_attention_heads
     processes, threads = facts["processes"], facts["threads"]
     rows = {
-        "model": f"{recipe.model.preset}, {num_parameters:,} parameters",
+        "model": f"{recipe.model.preset}, {num_parameters(parts.model.config):,} parameters",
         "corpus": f"{train.name}, {len(train):,} sequences, {parts.steps.epoch_tokens:,} tokens an epoch",
         "held out": f"{len(held_out):,} sequences ({held_out.manifest.split_kind})",
         "machine": f"{processes} x {facts['device']}, {facts['precision']}, {threads} thread{'s' * (threads > 1)}",
+        "engine": facts["engine"],
         "attention": attention_route(parts.accelerator.device, dtype, head_dim),
         "step": f"{recipe.batch.micro_batches} x {recipe.batch.tokens:,} tokens",
         "run": f"{recipe.run_folder}",
@@ -219,7 +342,4 @@ def _announce(parts: Parts, meter: Meter, train: Corpus, held_out: Corpus) -> No
     meter.say("\n".join(f"{name:<10} {text}" for name, text in rows.items()))
     idle = torch.cuda.device_count() - parts.accelerator.num_processes if torch.cuda.is_available() else 0
     if idle > 0 and parts.accelerator.num_processes == 1:
-        meter.say(
-            f"{idle} more GPUs are idle; use them all with: accelerate launch --multi_gpu "
-            f"--num_processes {idle + 1} -m hf_plm.cli pretrain ..."
-        )
+        meter.say(f"{idle} more GPUs are idle; hf-plm launch ddp in the place of hf-plm pretrain uses all {idle + 1}.")

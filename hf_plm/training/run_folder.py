@@ -1,7 +1,9 @@
 """The folder of a run: whose it is, and what a run leaves in it."""
 
+import errno
 import json
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -42,14 +44,19 @@ def take(folder: Path) -> IO[str]:
         ) from None
     try:
         _lock(lock)
-    except OSError:
-        lock.seek(0)
-        raise UserError(
-            f"Process {lock.read().strip() or 'unknown'} runs in {folder} already; wait for it or stop it, "
-            "or give another --run.folder."
-        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            print(
+                f"{folder} cannot be locked ({error.strerror}): take care that no other run writes there.", flush=True
+            )
+        else:
+            lock.seek(0)
+            raise UserError(
+                f"Process {lock.read().strip() or 'unknown'} runs in {folder} already; wait for it or stop it, "
+                "or give another --run.folder."
+            ) from None
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(f"{os.getpid()} of {platform.node()}\n")
     lock.flush()
     if not (folder / CONFIG).exists():
         foreign = [path.name for path in folder.iterdir() if not _MAY_BE_THERE.search(path.name)]
@@ -71,7 +78,8 @@ def _lock(file: IO[str]) -> None:
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not flock, which forked workers would go on holding after the death of the run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def stored_recipe(recipe: Recipe, train: Corpus, held_out: Corpus) -> Recipe | None:
@@ -96,6 +104,15 @@ def stored_recipe(recipe: Recipe, train: Corpus, held_out: Corpus) -> Recipe | N
                 "give the same data, or a new --run.folder."
             )
     return _merge(recipe, resolved, folder)
+
+
+def stored_precision(folder: Path) -> str:
+    """The precision of the run that is in the folder already, or auto."""
+    try:
+        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        return stored["run"]["precision"] if stored["run"]["precision"] in ("fp32", "bf16") else "auto"
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return "auto"
 
 
 def from_stored(stored: dict[str, dict[str, Any]]) -> Recipe:
@@ -157,3 +174,17 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, its Hub folder included, or None."""
+    return read_summary(folder) if (folder / HUB).is_dir() else None
+
+
+def check_visible(folder: Path) -> None:
+    """Raises `UserError` where this process does not see the folder that the main process writes."""
+    if not (folder / CONFIG).exists():
+        raise UserError(
+            f"A process on {platform.node()} does not see the run folder {folder} that the main process writes; give a "
+            "folder that all nodes share with --run.folder."
+        )

@@ -4,6 +4,8 @@ Warm-up always counts optimizer steps. The decay counts the share of the run tha
 clock where the recipe gives a budget.
 """
 
+import math
+
 from hf_plm.config import Recipe, Schedule, UserError
 
 MAX_WARMUP = 2000  # ESM-2
@@ -30,7 +32,12 @@ def rate_factor(schedule: Schedule, step: int, share: float) -> float:
 
 
 def resolve(
-    recipe: Recipe, tokens_per_second: float | None, corpus_tokens: int, mean_tokens: float, is_cpu: bool
+    recipe: Recipe,
+    tokens_per_second: float | None,
+    corpus_tokens: int,
+    mean_tokens: float,
+    is_cpu: bool,
+    world_size: int = 1,
 ) -> Recipe:
     """The recipe with nothing left at `auto`.
 
@@ -47,6 +54,7 @@ def resolve(
         total_tokens = tokens_per_second * recipe.budget_seconds
         if batch.micro_batches is None:
             micro_batches, tokens = _fit_batch(total_tokens, recipe.data.crop, batch.tokens, corpus_tokens, is_cpu)
+            micro_batches = math.ceil(micro_batches / world_size) * world_size  # none of them idles
             recipe = recipe.replace(batch__micro_batches=micro_batches, batch__tokens=tokens)
         assert recipe.batch.micro_batches is not None
         steps = max(1, round(total_tokens / (recipe.batch.micro_batches * recipe.batch.tokens)))
