@@ -68,6 +68,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     # The rotary tables are the same everywhere and never change, so that nothing is to be sent around before a forward.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    if on_cpu:
+        _build_no_kernels()
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timedelta(minutes=30))
     accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp, group])
     if accelerator.num_processes > 1:
@@ -79,6 +81,17 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
                 "network interface that the machines share with GLOO_SOCKET_IFNAME, such as eth0."
             ) from error
     return accelerator
+
+
+def _build_no_kernels() -> None:
+    """Keep DeepSpeed from compiling its all-reduce over shared memory, which serves its inference and not training.
+
+    Processes take turns at it by a lock file in the user's cache, and one that is killed in its turn leaves the file:
+    every later run on the machine would wait for it without end.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def engine_name(accelerator: Accelerator) -> str:

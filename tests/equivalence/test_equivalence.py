@@ -12,6 +12,7 @@ import torch
 import yaml
 from launches import (
     EVERY,
+    EXTENSIONS,
     Difference,
     Member,
     Run,
@@ -105,6 +106,13 @@ def test_offload_is_on_where_the_file_says_so_and_nowhere_else(member: Member, r
         "offloads_weights": member.config == "zero3_offload",
         "updates_with": "torch.optim.adamw.AdamW",
     }
+
+
+def test_no_run_waits_for_a_kernel_to_be_built(runs: Runs) -> None:
+    """The turns at building are kept by a lock file, which a killed run leaves and every later one waits for."""
+    log = runs(NAMED["zero2_x2"]).log
+    assert "built" not in log
+    assert not (runs.folder / EXTENSIONS).exists()
 
 
 @pytest.mark.slow
