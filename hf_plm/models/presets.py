@@ -5,6 +5,7 @@ so that what is trained here is a model that others already know how to open.
 """
 
 import difflib
+import re
 from typing import NamedTuple
 
 import torch
@@ -43,14 +44,17 @@ def esm_config(
 ) -> EsmConfig:
     """The configuration of a preset, with every field of the published ESM-2 configurations.
 
-    `num_layers`, `width` and `num_heads` replace the preset's own where they are given. Raises `UserError` for a name
+    A preset is a name of `PRESETS` or a size such as `6x320x20`: layers, width, heads. `num_layers`, `width` and
+    `num_heads` replace the preset's own where they are given. Raises `UserError` for a name
     that is no preset, and for a width that the heads do not divide into even parts (rotary positions turn pairs).
     """
-    if preset not in PRESETS:
+    size = PRESETS.get(preset)
+    if size is None and (given := re.fullmatch(r"(\d{1,4})x(\d{1,5})x(\d{1,4})", preset)):
+        size = Preset(*map(int, given.groups()))
+    if size is None:
         closest = difflib.get_close_matches(preset.lower(), PRESETS, n=1, cutoff=0.3)
         hint = f"; did you mean {closest[0]!r}?" if closest else "."
         raise UserError(f"model.preset is {preset!r}, but the presets are {', '.join(PRESETS)}{hint}")
-    size = PRESETS[preset]
     num_layers = size.num_layers if num_layers is None else num_layers
     width = size.width if width is None else width
     num_heads = size.num_heads if num_heads is None else num_heads
@@ -87,6 +91,12 @@ def esm_config(
         dtype="float32",
         architectures=["EsmForMaskedLM"],
     )
+
+
+def preset_of(config: EsmConfig) -> str:
+    """The preset that a configuration is of: its name, or its size such as `6x320x20`."""
+    size = Preset(config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
+    return next((name for name, preset in PRESETS.items() if preset == size), "x".join(map(str, size)))
 
 
 def build_model(config: EsmConfig, seed: int) -> EsmForMaskedLM:
