@@ -56,7 +56,7 @@ format: $(READY) ## format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-compat: $(READY) ## open an export in transformers 4.57
+compat: $(READY) ## use an export in three versions of transformers, 4.57 among them
 	@bash tests/support/compat.sh $(BIN)/python
 
 bounds: ## run the tests on the oldest versions that pyproject.toml allows
