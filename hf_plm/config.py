@@ -6,6 +6,7 @@ Numbers marked ESM-2 are from Lin et al. 2023 (Science 379:1123), supplementary 
 """
 
 import dataclasses
+import keyword
 import os
 import re
 import types
@@ -32,7 +33,10 @@ def knob(default: Any, meaning: str, may_change: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Model:
-    preset: str = knob("8m", "size of the network: demo, 8m, 35m, 150m, 650m, 3b, 15b (ESM-2)")
+    preset: str = knob(
+        "8m",
+        "size of the network: demo, 8m, 35m, 150m, 650m, 3b, 15b (ESM-2), or LAYERSxWIDTHxHEADS; with init.from auto",
+    )
     token_dropout: bool = knob(True, "zero the embedding of <mask> and rescale the rest, per sequence (ESM-2)")
     activation_checkpointing: bool = knob(
         False, "recompute activations in the backward pass: less memory, about a third slower", may_change=True
@@ -124,6 +128,26 @@ class Spike:
 
 
 @dataclass(frozen=True)
+class Init:
+    from_: str | None = knob(
+        None,
+        "published weights to start from instead of random ones: a repository on the Hub (user/model or "
+        "user/model@revision), a Hub folder, or a fair-esm .pt of ESM-2",
+    )
+
+
+@dataclass(frozen=True)
+class Hub:
+    push: str | None = knob(None, "repository on the Hub to push the finished model to, such as user/my-plm", True)
+    every: int | None = knob(
+        None, "steps between pushes of a checkpoint, each to its branch step-N; auto: only the finished model", True
+    )
+    public: bool = knob(False, "whether a new repository is public; one that is there stays as it is", True)
+    license: str | None = knob(None, "licence in the model card, by the Hub's name for it, such as apache-2.0", True)
+    dataset: str | None = knob(None, "dataset on the Hub that holds the training data, named in the model card", True)
+
+
+@dataclass(frozen=True)
 class Run:
     folder: str | None = knob(None, "where the run writes everything", may_change=True)
     seed: int = knob(0, "seed of weights, order, crops and corruption")
@@ -148,7 +172,14 @@ class Recipe:
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     spike: Spike = Spike()
+    init: Init = Init()
+    hub: Hub = Hub()
     run: Run = Run()
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a knob by its full name, `section.knob`."""
+        section, knob_name = name.split(".")
+        return getattr(getattr(self, section), _attribute(knob_name))
 
     @property
     def run_folder(self) -> Path:
@@ -169,7 +200,7 @@ class Recipe:
         recipe = self
         for name, value in values.items():
             section, knob_name = name.split("__")
-            changed = dataclasses.replace(getattr(recipe, section), **{knob_name: value})
+            changed = dataclasses.replace(getattr(recipe, section), **{_attribute(knob_name): value})
             recipe = dataclasses.replace(recipe, **{section: changed})
         return recipe
 
@@ -177,7 +208,7 @@ class Recipe:
         """Plain values by section and knob; `auto` where a knob is not resolved."""
         plain = dataclasses.asdict(self)
         return {
-            section: {name: _plain(self, section, name, value) for name, value in knobs.items()}
+            section: {name.rstrip("_"): _plain(section, name.rstrip("_"), value) for name, value in knobs.items()}
             for section, knobs in plain.items()
         }
 
@@ -185,7 +216,12 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _plain(recipe: Recipe, section: str, name: str, value: Any) -> Any:
+def _attribute(knob_name: str) -> str:
+    """The name of a knob in Python, where `from` is taken."""
+    return f"{knob_name}_" if keyword.iskeyword(knob_name) else knob_name
+
+
+def _plain(section: str, name: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return "auto" if value is None and KNOBS[f"{section}.{name}"].may_be_auto else value
@@ -210,7 +246,7 @@ def _all_knobs() -> dict[str, Knob]:
     for section in fields(Recipe):
         hints = typing.get_type_hints(section.type)
         for item in fields(section.type):  # type: ignore[arg-type]
-            name = f"{section.name}.{item.name}"
+            name = f"{section.name}.{item.name.rstrip('_')}"
             knobs[name] = Knob(
                 name, hints[item.name], item.default, item.metadata["meaning"], item.metadata["may_change"]
             )

@@ -4,6 +4,7 @@ What is misspelt, of the wrong kind or at odds with another value is refused in 
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -138,6 +139,9 @@ def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
                 "A run has a length in steps or in time: give --schedule.steps or --schedule.budget, not both."
             )
         values["schedule.budget"] = None  # the flag is nearer than the recipe's budget
+    is_size_given = "model.preset" in values and "init.from" not in (overrides or {})
+    if values.get("init.from") and "model.preset" not in (overrides or {}) and not is_size_given:
+        values["model.preset"] = "auto"  # the size is that of the weights
     loaded = Recipe().replace(**{name.replace(".", "__"): value for name, value in values.items()})
     _check(loaded)
     return loaded
@@ -150,6 +154,7 @@ _MUST_BE_POSITIVE = (
     "schedule.steps",
     "checkpoint.keep",
     "checkpoint.every",
+    "hub.every",
     "validation.every",
     "validation.sequences",
     "validation.final_sequences",
@@ -159,6 +164,7 @@ _MUST_BE_POSITIVE = (
 )
 
 
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RANGES = {
     "data.max_rejected": (0, 1),
     "data.workers": (0, 1024),
@@ -180,8 +186,7 @@ def _check(recipe: Recipe) -> None:
             raise UserError(sentence)
 
     for name in _MUST_BE_POSITIVE:
-        section, knob_name = name.split(".")
-        value = getattr(getattr(recipe, section), knob_name)
+        value = recipe[name]
         require(value is None or value > 0, f"{name} must be above 0, not {value}.")
     require(recipe.data.crop >= 3, f"data.crop must be at least 3 tokens, not {recipe.data.crop}.")
     require(
@@ -200,15 +205,25 @@ def _check(recipe: Recipe) -> None:
         "run.precision": ("auto", "fp32", "bf16"),
         "spike.action": ("none", "skip", "rollback"),
     }.items():
-        section, knob_name = name.split(".")
-        value = getattr(getattr(recipe, section), knob_name)
+        value = recipe[name]
         require(value in words, f"{name} is one of {', '.join(words)}, not {value!r}.")
+    preset, hub = recipe.model.preset, recipe.hub
+    require(
+        preset != "auto" or recipe.init.from_ is not None,
+        "model.preset auto takes the size of published weights: name them with --init.from.",
+    )
+    for name in ("hub.push", "hub.dataset"):
+        value = recipe[name]
+        require(
+            value is None or _REPOSITORY.fullmatch(value) is not None,
+            f"{name} is a repository on the Hub such as user/my-plm, not {value!r}.",
+        )
+    require(hub.every is None or hub.push is not None, "hub.every needs a repository to push to: --hub.push user/NAME.")
     for tracker in recipe.run.trackers:
         known = ("tensorboard", "wandb", "trackio")
         require(tracker in known, f"run.trackers knows {', '.join(known)} and none, not {tracker!r}.")
     for name, (low, high) in _RANGES.items():
-        section, knob_name = name.split(".")
-        value = getattr(getattr(recipe, section), knob_name)
+        value = recipe[name]
         require(value is None or low <= value <= high, f"{name} must lie between {low:g} and {high:g}, not {value}.")
     if recipe.schedule.budget is not None:
         parse_duration(recipe.schedule.budget)

@@ -1,5 +1,6 @@
 """The Hub folder: stock keys, verified before it counts, opened by transformers alone."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, EsmForMaskedLM
 
 from hf_plm.config import UserError
 from hf_plm.models import hub
 from hf_plm.models.attention import use_packed_attention
-from hf_plm.models.hub import load_hub_folder, model_card, save_hub_folder
+from hf_plm.models.hub import load_hub_folder, save_hub_folder
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 
@@ -46,7 +46,10 @@ def test_the_folder_is_whole_and_leaves_nothing_beside_it(saved):
     _, folder = saved
     assert names(folder) == FILES
     assert names(folder.parent) == ["hub"]
-    assert (folder / "README.md").read_text() == "# A card\n"
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# A card\n\n## Files\n")
+    for name in set(FILES) - {"README.md"}:
+        assert f"| `{name}` | `{hashlib.sha256((folder / name).read_bytes()).hexdigest()}` |" in card
 
 
 def test_weights_are_stock_and_the_same(saved):
@@ -148,7 +151,7 @@ def test_load_refuses_a_folder_that_is_none(tmp_path):
 def test_a_later_save_replaces_the_folder(tmp_path):
     save_hub_folder(new_model(0), tmp_path / "hub", "first")
     folder = save_hub_folder(new_model(1), tmp_path / "hub", "second")
-    assert (folder / "README.md").read_text() == "second"
+    assert (folder / "README.md").read_text().startswith("second\n")
     assert torch.equal(load_hub_folder(folder)[0].lm_head.bias, new_model(1).lm_head.bias)
     assert names(tmp_path) == ["hub"]
 
@@ -175,7 +178,7 @@ def test_what_does_not_read_back_is_not_written(tmp_path, monkeypatch, fault):
     expected = (UserError, "No space left") if fault == "card" else (RuntimeError, "was not written")
     with pytest.raises(expected[0], match=expected[1]):
         save_hub_folder(new_model(1), folder, "second")
-    assert (folder / "README.md").read_text() == "first"
+    assert (folder / "README.md").read_text().startswith("first\n")
     assert names(tmp_path) == ["hub"]
 
 
@@ -202,37 +205,3 @@ def test_a_bf16_model_is_saved_in_fp32_with_exact_rotary_frequencies(tmp_path):
     inv_freq = "attention.self.rotary_embeddings.inv_freq"
     assert torch.equal(found[f"esm.encoder.layer.1.{inv_freq}"], expected["esm.rotary_embeddings.inv_freq"])
     assert torch.equal(found["lm_head.bias"], expected["lm_head.bias"].bfloat16().float())
-
-
-FACTS = {
-    "name": "someone/model",
-    "preset": "demo",
-    "num_parameters": 814_386,
-    "data_name": "simulated families",
-    "data_hash": "0123abcd",
-    "num_steps": 300,
-    "num_tokens": 2_457_600,
-    "validation_loss": 2.5012,
-    "context_free_loss": 2.7201,
-    "validation_loss_masked": 2.6,
-    "unigram_entropy": None,
-    "versions": {"torch": "2.13.0"},
-}
-
-
-def test_card_has_front_matter_that_the_hub_reads():
-    card = ModelCard(model_card(**FACTS, split_kind="random", is_simulated=True))
-    data = card.data.to_dict()
-    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "fill-mask")
-    assert "license" not in data
-    for part in ("814,386", "2,457,600", "0123abcd", "2.5012", "2.7201", "not measured", "torch 2.13.0"):
-        assert part in card.text
-    assert "simulated, not natural" in card.text
-    assert "relatives of held-out sequences may be in the training data" in card.text
-    assert 'AutoModelForMaskedLM.from_pretrained("someone/model")' in card.text
-
-
-def test_card_twin():
-    text = model_card(**FACTS, split_kind="clusters")
-    assert "not natural" not in text
-    assert "relatives" not in text

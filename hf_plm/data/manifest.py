@@ -103,12 +103,17 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{folder} is not a prepared corpus: it has no {MANIFEST_NAME} (`hf-plm prepare` makes one).")
+    return manifest_of(path)
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The manifest in a file; `corpus.json`, or a run's copy of it."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["format_version"]
         if version > FORMAT_VERSION:
             raise UserError(
-                f"{folder} is a corpus of format {version}, this hf_plm reads up to {FORMAT_VERSION}: "
+                f"{path.parent} is a corpus of format {version}, this hf_plm reads up to {FORMAT_VERSION}: "
                 "prepare it again or update hf_plm."
             )
         splits = {

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from hf_plm.config import UserError
 from hf_plm.data.intake import Intake, Options, TooManyRejectedError
 from hf_plm.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, dataset_card, is_corpus, read_manifest, report
-from hf_plm.data.sources import Source, find_sources
+from hf_plm.data.sources import Source, find_sources, is_hub_name
+from hf_plm.remote import download, has_file
 
 __all__ = ["ensure_prepared", "prepare", "report"]
 
@@ -81,6 +82,8 @@ def ensure_prepared(
         folder = Path(given[0]).expanduser()
         read_manifest(folder)
         return folder
+    if len(given) == 1 and not held_out_given and (published := _published_corpus(str(given[0]))):
+        return published
     options = Options(illegal, gaps, duplicates, max_rejected, sequence_column)
     inputs = _gather(given, validation, test)
     folder = Path(cache) / f"{_corpus_name(inputs)}-{_cache_key(inputs, options)}"
@@ -91,6 +94,21 @@ def ensure_prepared(
     manifest = _prepare(inputs, folder, options, show_progress, replaces=False)
     if show_progress:
         print(f"{report(manifest)}\nData: {folder}")
+    return folder
+
+
+def _published_corpus(name: str) -> Path | None:
+    """A copy on this disk of a prepared corpus on the Hub, the same to the last byte; None for anything else."""
+    try:
+        if not is_hub_name(name) or not has_file(name, "dataset", MANIFEST_NAME):
+            return None
+    except UserError as error:
+        raise UserError(f"{name} is no file or folder here, and: {error}") from None
+    folder = download(name, "dataset", ["*.json", "*.md", "*.tsv", "data/*"])
+    manifest = read_manifest(folder)
+    missing = [s.file for split in manifest.splits.values() for s in split.shards if not (folder / s.file).is_file()]
+    if missing:
+        raise UserError(f"The corpus {name} on the Hub lacks {missing[0]}, which its {MANIFEST_NAME} names.")
     return folder
 
 

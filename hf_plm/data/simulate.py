@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.data.corpus import Corpus
 
 SIMULATED_PREFIX = "sim_"
 """Every simulated record's id begins so, and nothing that is made of them may hide it."""
@@ -304,3 +305,8 @@ def write_simulated_fasta(
         with suppress(OSError):  # of a read-only folder; what went wrong before is what is said
             temporary.unlink(missing_ok=True)
     return num_records
+
+
+def is_simulated(corpus: Corpus) -> bool:
+    """Whether the sequences of a corpus came from here, as their ids say."""
+    return all(name.startswith(SIMULATED_PREFIX) for name in corpus.ids(np.arange(min(20, len(corpus)))))

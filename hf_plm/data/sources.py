@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from hf_plm.config import UserError
 from hf_plm.proteins.fasta import FastaReader
+from hf_plm.remote import is_repository
 
 Format = Literal["fasta", "parquet", "datasets", "hub"]
 FASTA_SUFFIXES = (".fasta", ".fa", ".faa", ".fas", ".fsa", ".pep", ".mpfa", ".pir", ".a2m", ".a3m")
@@ -89,9 +90,16 @@ def _find(given: str, split: str) -> list[Source]:
         if not matches:
             raise UserError(f"No file matches {given}.")
         return [source for match in matches for source in _find(match, split)]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not _is_fasta_name(Path(given)) and path.suffix != ".parquet":
+    if is_hub_name(given):
         return _pick_splits(given, given, "hub", _hub_splits(given), split)
     raise UserError(f"There is no file or folder {given}.")
+
+
+def is_hub_name(given: str) -> bool:
+    """Whether it can only be meant as the name of a data set on the Hub: nothing on this disk is called so."""
+    path = Path(given).expanduser()
+    is_file_name = _is_fasta_name(path) or path.suffix == ".parquet" or has_magic(given)
+    return is_repository(given) and not is_file_name and not path.exists()
 
 
 def _file_source(path: Path, split: str) -> Source:

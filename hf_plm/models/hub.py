@@ -7,15 +7,18 @@ and no trace of how it was trained.
 """
 
 import copy
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData, save_torch_state_dict
+import yaml
+from huggingface_hub import ModelCard, save_torch_state_dict
 from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmConfig, EsmForMaskedLM
 from transformers.utils import logging as transformers_logging
@@ -27,18 +30,21 @@ from hf_plm.proteins.vocabulary import RESIDUES
 ROTARY_KEY = "rotary_embeddings.inv_freq"
 TIED_KEY = "lm_head.decoder.weight"
 EMBEDDING_KEY = "esm.embeddings.word_embeddings.weight"
+CARD = "README.md"
 PROBE = RESIDUES[:9] + "<mask>" + RESIDUES[10:]
 PROBE_TOLERANCE = 1e-5
 
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bars: loading a local file is not worth a line."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' progress bars and reports: what is wrong with a folder is told by an error of ours."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if was_on:
             transformers_logging.enable_progress_bar()
 
@@ -68,17 +74,20 @@ def _export_config(model: EsmForMaskedLM) -> EsmConfig:
     return config
 
 
-def save_hub_folder(model: EsmForMaskedLM, folder: str | Path, card: str) -> Path:
+def save_hub_folder(
+    model: EsmForMaskedLM, folder: str | Path, card: str, extras: Mapping[str, Path] | None = None
+) -> Path:
     """Writes the Hub folder of a whole, unsharded model (any device and precision) and returns its path.
 
-    A folder of an earlier save is replaced when the new one has been verified. Raises `UserError` where `folder` holds
+    The checksums of its files are added to `card`; `extras` are files to put beside them, by the names they get. A
+    folder of an earlier save is replaced when the new one has been verified. Raises `UserError` where `folder` holds
     something else or cannot be written, and `RuntimeError` where what was written does not read back the same; then
     nothing is left behind and what was there before stays. The weights are one file up to 5 GB, then several.
     """
     folder = Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.writing")
     try:
-        if folder.exists() and not _is_hub_folder(folder) and any(folder.iterdir()):
+        if folder.exists() and not is_hub_folder(folder) and any(folder.iterdir()):
             raise UserError(f"{folder} exists and is not a Hub folder; name another one, or move it away.")
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
         temporary.mkdir(parents=True)
@@ -87,7 +96,9 @@ def save_hub_folder(model: EsmForMaskedLM, folder: str | Path, card: str) -> Pat
         config.save_pretrained(temporary)
         save_torch_state_dict(weights, temporary, metadata={"format": "pt"})
         ProteinTokenizer().save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, path in (extras or {}).items():
+            shutil.copyfile(path, temporary / name)
+        (temporary / CARD).write_text(card.rstrip() + "\n" + _checksums(temporary), encoding="utf-8")
         _verify(temporary, config, weights)
         _sync(temporary)
         _replace(folder, temporary)
@@ -105,7 +116,7 @@ def load_hub_folder(path: str | Path) -> tuple[EsmForMaskedLM, ProteinTokenizer]
     weight or has one too many: a model with a part left at random would otherwise be used without a word.
     """
     path = Path(path)
-    if not _is_hub_folder(path):
+    if not is_hub_folder(path):
         raise UserError(f"{path} is not a Hub folder: it should hold config.json and model.safetensors.")
     try:
         model, faults = _load_stock(path)
@@ -119,7 +130,62 @@ def load_hub_folder(path: str | Path) -> tuple[EsmForMaskedLM, ProteinTokenizer]
     return model, tokenizer
 
 
-def _is_hub_folder(path: Path) -> bool:
+def check_hub_folder(folder: str | Path) -> None:
+    """Raises `UserError` unless a Hub folder is whole.
+
+    It opens through the Auto classes with every weight in its place, its weights are finite numbers, and its files have
+    the checksums that its card names, if there is one; the card itself is the author's to edit.
+    """
+    folder = Path(folder)
+    model, _ = load_hub_folder(folder)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{folder} has weights that are not numbers ({name}); it is not passed on.")
+    with torch.no_grad():
+        if not model(**ProteinTokenizer()(PROBE, return_tensors="pt")).logits.isfinite().all():
+            raise UserError(f"{folder} gives logits that are not numbers; it is not passed on.")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer(PROBE)["input_ids"] != ProteinTokenizer()(PROBE)["input_ids"]:
+        raise UserError(f"The tokenizer of {folder} gives other ids than ESM-2's.")
+    text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    for name, expected in re.findall(_CHECKSUM_ROW, text):
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            raise UserError(
+                f"{folder / name} is not the file that the model card names by its checksum; export it again "
+                "(hf-plm export), or correct the card."
+            )
+
+
+def check_card(folder: Path) -> None:
+    """Raises `UserError` unless the folder has a model card with front matter that can be read."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+        front_matter = ModelCard(text).data.to_dict()
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"The model card {folder / CARD} cannot be read ({reason}); correct its front matter."
+        ) from None
+    if not front_matter:
+        raise UserError(f"The model card {folder / CARD} has no front matter, which the Hub reads.")
+
+
+def _checksums(folder: Path) -> str:
+    """A section of the card: the sha256 of every file but the card."""
+    rows = "".join(f"| `{path.name}` | `{_sha256(path)}` |\n" for path in sorted(folder.iterdir()) if path.name != CARD)
+    return f"\n## Files\n\n| file | sha256 |\n|---|---|\n{rows}"
+
+
+_CHECKSUM_ROW = re.compile(r"^\| `([\w.-]+)` \| `([0-9a-f]{64})` \|$", re.MULTILINE)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_hub_folder(path: Path) -> bool:
+    """Whether a folder looks like one; `check_hub_folder` looks closer."""
     has_weights = (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file()
     return has_weights and (path / "config.json").is_file()
 
@@ -133,10 +199,16 @@ def _load_stock(path: Path) -> tuple[torch.nn.Module, str]:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, with the names
             output_loading_info=True,
         )
-    faults = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    return model, "; ".join(f"{kind} weights: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+    faults = []
+    for kind in ("mismatched", "missing", "unexpected"):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            faults.append(f"{kind} weights: {', '.join(keys[:3])}{more}")
+    return model, "; ".join(faults)
 
 
 def _verify(folder: Path, config: EsmConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -189,79 +261,3 @@ def _replace(folder: Path, new: Path) -> None:
         raise
     # Also removes one whose run was killed between the renames.
     shutil.rmtree(old, ignore_errors=True)
-
-
-def model_card(
-    *,
-    name: str,
-    preset: str,
-    num_parameters: int,
-    data_name: str,
-    data_hash: str,
-    split_kind: str,
-    num_steps: int,
-    num_tokens: int,
-    validation_loss: float | None,
-    context_free_loss: float | None,
-    validation_loss_masked: float | None,
-    unigram_entropy: float | None,
-    versions: dict[str, str],
-    is_simulated: bool = False,
-) -> str:
-    """The README.md of a Hub folder, from plain values; losses in nats per target, None where not measured.
-
-    The front matter names no license: the Hub takes a card without one, and it is the author's to choose.
-    """
-    front_matter = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["biology", "protein", "protein-language-model", "esm", "hf_plm"],
-    ).to_yaml()
-    simulated = "**The sequences are simulated, not natural: this model is a demonstration.** " if is_simulated else ""
-    relatives = "; relatives of held-out sequences may be in the training data" if split_kind == "random" else ""
-    return f"""---
-{front_matter}
----
-
-# {name}
-
-A protein language model: ESM-2 architecture (`EsmForMaskedLM`), size `{preset}`, {num_parameters:,} parameters,
-pretrained from random weights by masked-language modelling.
-
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-model = AutoModelForMaskedLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-## Training
-
-| | |
-|---|---|
-| data | {data_name} (hash `{data_hash}`) |
-| held out | {split_kind}{relatives} |
-| steps | {num_steps:,} |
-| tokens | {num_tokens:,} |
-| software | {", ".join(f"{package} {version}" for package, version in versions.items())} |
-
-## What it learned
-
-Losses on held-out sequences, in nats per target. A predictor without any context reaches the baseline; a model that has
-learned from context is under it.
-
-| | model | baseline without context |
-|---|---|---|
-| all targets | {_nats(validation_loss)} | {_nats(context_free_loss)} |
-| `<mask>` inputs only | {_nats(validation_loss_masked)} | {_nats(unigram_entropy)} |
-
-## Limits
-
-{simulated}The model saw what is in its training data and nothing else; its likelihoods are no measurement of function,
-stability or safety. The contact head is in the file because the architecture has one, and is untrained. Sequences are
-upper-case letters, one per residue; `J` is written `X`. No license has been chosen: add `license:` above before you
-publish.
-"""
-
-
-def _nats(loss: float | None) -> str:
-    return "not measured" if loss is None else f"{loss:.4f}"

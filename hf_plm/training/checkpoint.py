@@ -51,6 +51,10 @@ def checkpoint_name(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()) if folder.is_dir() else []
@@ -66,6 +70,7 @@ class Saver:
     def __init__(self, folder: Path, facts: dict[str, Any], keep: int, rank: int = 0, world_size: int = 1) -> None:
         self.folder, self.facts, self.keep = folder, facts, keep
         self.rank, self.world_size = rank, world_size
+        self.held: set[str] = set()  # names of checkpoints that somebody reads, which stay as long
         self._progress: Progress | None = None
         self._thread: Thread | None = None
         self._error: Exception | None = None
@@ -155,7 +160,7 @@ class Saver:
             sync_folder(self.folder)
         except OSError as error:
             raise self._failed(self._progress, error) from error
-        others = [path for path in list_checkpoints(self.folder) if path != final]
+        others = [path for path in list_checkpoints(self.folder) if path != final and path.name not in self.held]
         for old in others[: max(0, len(others) - self.keep + 1)]:
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
             doomed = old.rename(self.folder / f"{_PARTIAL}{old.name}")

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import EsmForMaskedLM
 
 from hf_plm.config import Recipe
 from hf_plm.data.corpus import Corpus
-from hf_plm.data.simulate import SIMULATED_PREFIX
+from hf_plm.data.simulate import is_simulated
 from hf_plm.inference.evaluate import Evaluation
-from hf_plm.models.hub import model_card, save_hub_folder
+from hf_plm.models.card import CURVES, Facts, model_card
+from hf_plm.models.hub import save_hub_folder
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import Progress, write_json
 from hf_plm.training.curves import draw_curves
@@ -49,10 +49,26 @@ def finish(
         "corpus": train.fingerprint,
         **facts,
     }
-    save_hub_folder(model, folder / run_folder.HUB, _card(folder.resolve().name, summary, train))
     simulated = " (simulated proteins)" if summary["is_simulated"] else ""
     title = f"{folder.name}: the {recipe.model.preset} network on {train.name}{simulated}"
-    draw_curves(folder / run_folder.METRICS, folder / run_folder.CURVES, title)
+    curves = folder / run_folder.CURVES
+    draw_curves(folder / run_folder.METRICS, curves, title)
+    card = Facts(
+        name=recipe.hub.push or folder.resolve().name,
+        recipe=recipe,
+        num_parameters=summary["parameters"],
+        steps=progress.step,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        numbers=_without_nan(summary),
+        machine=facts,
+        data=train.manifest,
+        data_hash=train.fingerprint,
+        is_simulated=summary["is_simulated"],
+        has_curves=curves.exists(),
+    )
+    extras = {CURVES: curves} if curves.exists() else {}
+    save_hub_folder(model, folder / run_folder.HUB, model_card(card), extras)
     write_json(folder / run_folder.SUMMARY, _without_nan(summary))
 
 
@@ -63,30 +79,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if value != value else value
-
-
-def is_simulated(corpus: Corpus) -> bool:
-    """Whether the sequences came from `hf-plm simulate`, whose ids say so."""
-    return all(name.startswith(SIMULATED_PREFIX) for name in corpus.ids(np.arange(min(20, len(corpus)))))
-
-
-def _card(name: str, summary: dict[str, Any], train: Corpus) -> str:
-    return model_card(
-        name=name,
-        preset=summary["preset"],
-        num_parameters=summary["parameters"],
-        data_name=train.name,
-        data_hash=train.fingerprint,
-        split_kind=summary["validation_split"],
-        num_steps=summary["steps"],
-        num_tokens=summary["tokens"],
-        validation_loss=summary["validation_loss"],
-        context_free_loss=summary["context_free_loss"],
-        validation_loss_masked=summary["validation_loss_masked"],
-        unigram_entropy=summary["unigram_entropy"],
-        versions={name: summary[name] for name in ("hf_plm", "torch", "transformers", "accelerate")},
-        is_simulated=summary["is_simulated"],
-    )
 
 
 def summary_lines(summary: dict[str, Any], folder: Path) -> str:

@@ -13,26 +13,29 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
-from transformers import EsmForMaskedLM
+from transformers import EsmConfig, EsmForMaskedLM
 
 from hf_plm.config import Recipe, UserError
 from hf_plm.data.corpus import Corpus, open_corpus
 from hf_plm.data.loader import Steps, count_tokens, share_of, validation_micro_batches, validation_windows
 from hf_plm.data.pack import Packing, Windows
 from hf_plm.data.prepare import ensure_prepared
+from hf_plm.data.simulate import is_simulated
 from hf_plm.inference.evaluate import Evaluation, evaluation, predict
 from hf_plm.models.attention import attention_route
 from hf_plm.models.hub import load_hub_folder
 from hf_plm.models.objective import PackedMaskedLM
-from hf_plm.models.presets import build_model, esm_config, num_parameters
+from hf_plm.models.presets import build_model, esm_config, num_parameters, preset_of
+from hf_plm.models.published import find_published, read_published
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import Progress, Saver, newest_whole, restore, sweep
 from hf_plm.training.engine import configure, gather_stock, reshard, set_up
-from hf_plm.training.finish import finish, is_simulated, summary_lines
+from hf_plm.training.finish import finish, summary_lines
 from hf_plm.training.guard import check_before_start, check_launch
 from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
+from hf_plm.training.push import BackgroundPushes, check_right_to_push, push_finished
 from hf_plm.training.record import Record, go_back
 from hf_plm.training.runtime import (
     gather,
@@ -77,7 +80,8 @@ def pretrain(recipe: Recipe) -> Result:
 
     Raises `UserError` for the user's mistakes and `StoppedError` when a signal ended the run early, on all processes.
     """
-    esm_config(recipe.model.preset)  # a misspelt one is told now, not after an hour of preparing
+    if recipe.model.preset != "auto":
+        esm_config(recipe.model.preset)  # a misspelt one is told now, not after an hour of preparing
     check_trackers(recipe)
     check_before_start()
     if recipe.run.precision == "auto":  # a run goes on in the precision that it began in
@@ -91,25 +95,78 @@ def pretrain(recipe: Recipe) -> Result:
             held.enter_context(run_folder.take(recipe.run_folder))
 
         on_main(accelerator, take)
+        if recipe.hub.push and run_folder.finished(recipe.run_folder) is None:
+            on_main(accelerator, lambda: check_right_to_push(recipe.hub, print))
+        weights = _find_weights(recipe, accelerator)
         train, held_out = in_turn(
             accelerator, f"corpora of {recipe.run_folder}", partial(open_corpora, recipe, accelerator.is_main_process)
         )
         earlier = on_main(accelerator, lambda: run_folder.stored_recipe(recipe, train, held_out))
+        pushes = None
         if on_main(accelerator, lambda: run_folder.finished(recipe.run_folder)) is None:
-            _run(recipe, earlier, accelerator, train, held_out)
+            pushes = _run(recipe, earlier, accelerator, train, held_out, weights)
         summary = on_main(accelerator, lambda: run_folder.finished(recipe.run_folder))
         assert summary is not None
         say(accelerator, summary_lines(summary, recipe.run_folder))
         accelerator.end_training()
+        if accelerator.is_main_process:  # the others need not wait for the network
+            if pushes:
+                pushes.drain()
+            push_finished((earlier or recipe).replace(run__folder=recipe.run.folder))
     return Result(recipe.run_folder / run_folder.HUB, summary)
 
 
-def _run(asked: Recipe, earlier: Recipe | None, accelerator: Accelerator, train: Corpus, held_out: Corpus) -> None:
-    """Train to the end and leave everything that a finished run leaves."""
+def _find_weights(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """Where the weights that a new run starts from are on this machine; one that goes on has its own."""
+    name = recipe.init.from_
+    if name is None or on_main(accelerator, lambda: (recipe.run_folder / run_folder.CONFIG).exists()):
+        return None
+    return in_turn(accelerator, f"weights of {recipe.run_folder}", partial(find_published, name))
+
+
+def _first_model(recipe: Recipe, weights: Path) -> tuple[Recipe, EsmForMaskedLM]:
+    """The network with published weights, and the recipe with its size."""
+    published = read_published(weights)
+    preset = preset_of(published.config)
+    if recipe.model.preset not in ("auto", preset):
+        raise UserError(
+            f"{recipe.init.from_} is a network of size {preset}, and model.preset says {recipe.model.preset}; "
+            "leave --model.preset out."
+        )
+    if published.config.token_dropout != recipe.model.token_dropout:
+        raise UserError(
+            f"{recipe.init.from_} was trained with token dropout {'on' if published.config.token_dropout else 'off'}; "
+            f"give --model.token_dropout {str(published.config.token_dropout).lower()}."
+        )
+    recipe = recipe.replace(model__preset=preset)
+    model = build_model(_config(recipe), recipe.run.seed)
+    model.load_state_dict(published.state_dict())
+    return recipe, model
+
+
+def _config(recipe: Recipe) -> EsmConfig:
+    return esm_config(recipe.model.preset, token_dropout=recipe.model.token_dropout)
+
+
+def _run(
+    asked: Recipe,
+    earlier: Recipe | None,
+    accelerator: Accelerator,
+    train: Corpus,
+    held_out: Corpus,
+    weights: Path | None,
+) -> BackgroundPushes | None:
+    """Train to the end and leave everything that a finished run leaves; a new run starts from `weights`, or random.
+
+    Returns pushes that may be under way, on the main process.
+    """
     recipe = earlier or asked
     folder = recipe.run_folder
     set_seed(recipe.run.seed)  # nothing of ours draws from it; it holds what a library might
-    model = build_model(esm_config(recipe.model.preset, token_dropout=recipe.model.token_dropout), recipe.run.seed)
+    if earlier is None and weights is not None:
+        recipe, model = together(accelerator, partial(_first_model, recipe, weights))
+    else:
+        model = build_model(_config(recipe), recipe.run.seed)
     if recipe.model.activation_checkpointing:
         _recompute_activations(model)
     module = PackedMaskedLM(model.to(accelerator.device))
@@ -150,10 +207,15 @@ def _run(asked: Recipe, earlier: Recipe | None, accelerator: Accelerator, train:
     with (
         closing(Meter(recipe, folder, progress.step, progress.seconds, accelerator.is_main_process)) as meter,
         stop_on_signals() as request,
+        ExitStack() as held,
         told_of_lost_processes(accelerator),  # before the signal by which the launcher ends this process too
     ):
         steps = steps_from(progress)
-        parts = Parts(recipe, accelerator, wrapped, model, optimizer, steps, validate, request, saver, record)
+        pushes = None
+        if recipe.hub.push and accelerator.is_main_process:
+            pushes = BackgroundPushes(recipe.hub, folder, progress.step, meter.say)
+            held.callback(pushes.stop)
+        parts = Parts(recipe, accelerator, wrapped, model, optimizer, steps, validate, request, saver, record, pushes)
         _announce(parts, facts, meter, train, held_out)
         returns: Counter[int] = Counter()
         while True:
@@ -171,6 +233,8 @@ def _run(asked: Recipe, earlier: Recipe | None, accelerator: Accelerator, train:
         reshard(wrapped)
         stock = gather_stock(accelerator, model, optimizer.optimizer)
         on_main(accelerator, lambda: finish(recipe, stock, progress, final, train, held_out, facts, meter))
+        held.pop_all()
+    return pushes
 
 
 def check_split(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -325,7 +389,8 @@ def _announce(parts: Parts, facts: dict[str, Any], meter: Meter, train: Corpus, 
     head_dim = parts.model.config.hidden_size // parts.model.config.num_attention_heads
     processes, threads = facts["processes"], facts["threads"]
     rows = {
-        "model": f"{recipe.model.preset}, {num_parameters(parts.model.config):,} parameters",
+        "model": f"{recipe.model.preset}, {num_parameters(parts.model.config):,} parameters"
+        + (f", from {recipe.init.from_}" if recipe.init.from_ else ""),
         "corpus": f"{train.name}, {len(train):,} sequences, {parts.steps.epoch_tokens:,} tokens an epoch",
         "held out": f"{len(held_out):,} sequences ({held_out.manifest.split_kind})",
         "machine": f"{processes} x {facts['device']}, {facts['precision']}, {threads} thread{'s' * (threads > 1)}",

@@ -13,10 +13,12 @@ import yaml
 
 from hf_plm.config import KNOBS, Recipe, UserError
 from hf_plm.data.corpus import Corpus
+from hf_plm.data.simulate import is_simulated
 from hf_plm.training.checkpoint import write_text
 
-CONFIG, SUMMARY, METRICS, CHECKPOINTS, HUB, CURVES = (
+CONFIG, DATA, SUMMARY, METRICS, CHECKPOINTS, HUB, CURVES = (
     "config.yaml",
+    "data.json",
     "summary.json",
     "metrics.jsonl",
     "checkpoints",
@@ -27,6 +29,11 @@ CONFIG, SUMMARY, METRICS, CHECKPOINTS, HUB, CURVES = (
 _MAY_BE_THERE = re.compile(r"^\.|\.(log|out|err)$")
 # What a corpus holds is compared by its fingerprint: a corpus that moved is the same corpus.
 _COMPARED_BY_CONTENT = ("data.train", "data.validation")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is that of a run, finished or not."""
+    return (folder / CONFIG).is_file()
 
 
 def take(folder: Path) -> IO[str]:
@@ -134,14 +141,12 @@ def _merge(asked: Recipe, stored: Recipe, folder: Path) -> Recipe:
     A knob asked for as `auto` was resolved when the run began, and stays what it was.
     """
     for name, item in KNOBS.items():
-        section, knob_name = name.split(".")
-        wanted = getattr(getattr(asked, section), knob_name)
-        was = getattr(getattr(stored, section), knob_name)
+        wanted, was = asked[name], stored[name]
         if wanted == was or name in _COMPARED_BY_CONTENT:
             continue
         if item.may_change:
             if wanted is not None:
-                stored = stored.replace(**{f"{section}__{knob_name}": wanted})
+                stored = stored.replace(**{name.replace(".", "__"): wanted})
         elif not _is_auto(asked, name, wanted):
             raise UserError(
                 f"The run in {folder} has {name} = {_shown(was)}, but {_shown(wanted)} is asked for now; "
@@ -151,8 +156,10 @@ def _merge(asked: Recipe, stored: Recipe, folder: Path) -> Recipe:
 
 
 def _is_auto(asked: Recipe, name: str, wanted: Any) -> bool:
-    """Whether the machine, not the user, chose this knob; tokens of a micro-batch go with the number of them."""
-    if name == "batch.tokens" and asked.batch.micro_batches is None:
+    """Whether the machine, not the user, chose this knob; tokens of a micro-batch go with their number, and a
+    preset with the weights that the run began from.
+    """
+    if (name == "batch.tokens" and asked.batch.micro_batches is None) or (name == "model.preset" and wanted == "auto"):
         return True
     return KNOBS[name].may_be_auto and wanted in (None, "auto")
 
@@ -162,8 +169,14 @@ def _shown(value: Any) -> str:
 
 
 def write_config(recipe: Recipe, train: Corpus, held_out: Corpus) -> None:
-    """config.yaml: the resolved recipe, and which corpus it ran on."""
-    corpus = {"folder": str(train.folder.resolve()), "train": train.fingerprint, "validation": held_out.fingerprint}
+    """config.yaml, the resolved recipe and which corpus it ran on; data.json, what that corpus said of itself."""
+    corpus: dict[str, Any] = {
+        "folder": str(train.folder.resolve()),
+        "train": train.fingerprint,
+        "validation": held_out.fingerprint,
+    }
+    corpus["is_simulated"] = is_simulated(train)
+    write_text(recipe.run_folder / DATA, train.manifest.to_json())
     write_text(recipe.run_folder / CONFIG, recipe.to_yaml() + yaml.safe_dump({"corpus": corpus}, sort_keys=False))
 
 

@@ -22,9 +22,10 @@ from transformers import EsmForMaskedLM
 from hf_plm.config import Recipe, UserError
 from hf_plm.data.loader import Step, Steps, load_steps
 from hf_plm.inference.evaluate import Evaluation
-from hf_plm.training.checkpoint import Progress, Saver
+from hf_plm.training.checkpoint import Progress, Saver, step_of
 from hf_plm.training.engine import reshard
 from hf_plm.training.meter import PLAN_AFTER_STEPS, Meter
+from hf_plm.training.push import BackgroundPushes
 from hf_plm.training.record import Record
 from hf_plm.training.runtime import StopRequest, on_main, sum_over_processes, together
 from hf_plm.training.schedule import rate_factor
@@ -61,6 +62,7 @@ class Parts:
     request: StopRequest
     saver: Saver
     record: Record | None = None
+    pushes: BackgroundPushes | None = None  # on the main process, where the recipe asks for them
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,8 @@ def _read(parts: Parts, meter: Meter, unread: Unread, agreed: Agreed, trend: Tre
             line["skipped"] = progress.skipped
         meter.write(line)
         meter.show(progress.step, loss, unread.speed)
+        if parts.pushes:
+            parts.pushes.poll()
     return trend if is_skipped or not is_finite else trend.then(loss)
 
 
@@ -292,7 +296,10 @@ def settle(parts: Parts, meter: Meter) -> None:
 
     def commit() -> None:
         meter.sync()  # lines on disk before the checkpoint that counts on them
-        parts.saver.commit()
+        parts.saver.held = parts.pushes.held if parts.pushes else set()
+        checkpoint = parts.saver.commit()
+        if parts.pushes:
+            parts.pushes.offer(step_of(checkpoint))
 
     try:
         together(parts.accelerator, parts.saver.wait)

@@ -1,0 +1,162 @@
+"""`hf-plm export`: a run, or published weights, as a Hub folder, a fair-esm file or an ONNX model.
+
+What is exported is read back and compared before it gets its name, and what it is made of is verified first.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import EsmForMaskedLM
+
+from hf_plm.config import Recipe, UserError
+from hf_plm.data.manifest import Manifest, manifest_of
+from hf_plm.models.card import CURVES, Facts, model_card
+from hf_plm.models.hub import CARD, check_hub_folder, is_hub_folder, save_hub_folder
+from hf_plm.models.presets import build_model, esm_config, num_parameters, preset_of
+from hf_plm.models.published import find_published, read_published
+from hf_plm.training import run_folder
+from hf_plm.training.checkpoint import checkpoint_name, list_checkpoints, read_state, step_of
+
+FORMATS = ("hub", "fair-esm", "onnx")
+EXPORTS = "exports"
+
+
+def export(source: str, kind: str = "hub", out: Path | None = None, step: int | None = None) -> list[Path]:
+    """Write `source` (a run folder, Hub folder, repository or fair-esm `.pt`) as one of `FORMATS`; the files written.
+
+    Of a run it is the finished model, or with `step` the checkpoint of that step. Raises `UserError` where there is
+    none, where `source` is not whole, or where `out` is missing and `source` is no run.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"A format is one of {', '.join(FORMATS)}, not {kind!r}.")
+    path = Path(source).expanduser()
+    extras: dict[str, Path] = {}
+    is_run = run_folder.is_run(path)
+    if step is not None and not is_run:
+        raise UserError(f"{source} is no run folder, so it has no checkpoint of step {step}.")
+    if out is None and not is_run:
+        raise UserError(f"Say where to write: hf-plm export {source} --format {kind} --out PATH.")
+    if is_run and (step is not None or run_folder.finished(path) is None):
+        model, facts = read_run(path, step)
+        card, name = model_card(facts), f"{path.resolve().name}-step-{facts.steps}"
+    else:
+        folder = path / run_folder.HUB if is_run else find_published(source)
+        if is_hub_folder(folder):
+            check_hub_folder(folder)
+        model = read_published(folder)
+        card, extras = _card_of(source, folder, model)
+        name = path.resolve().name
+    out = out or path / EXPORTS / _default_name(kind, name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "hub":
+        return sorted(save_hub_folder(model, out, card, extras).iterdir())
+    if kind == "onnx":
+        from hf_plm.models.onnx import write_onnx
+
+        return [write_onnx(model, out)]
+    from hf_plm.models.fair_esm import write_fair_esm
+
+    return write_fair_esm(model, out)
+
+
+def _default_name(kind: str, name: str) -> str:
+    # fair-esm reads a file as ESM-2 by the beginning of its name.
+    return {"hub": f"{name}-hub", "onnx": f"{name}-onnx", "fair-esm": f"esm2_{name}.pt"}[kind]
+
+
+def read_run(folder: Path, step: int | None) -> tuple[EsmForMaskedLM, Facts]:
+    """The model of a run's checkpoint (the newest where `step` is None), checked by its checksums, and its card."""
+    recipe, corpus, data = _read_config(folder)
+    checkpoint, state = _find_checkpoint(folder, step)
+    model = build_model(esm_config(recipe.model.preset, token_dropout=recipe.model.token_dropout), seed=0)
+    weights: dict[str, torch.Tensor] = {}
+    try:
+        for path in sorted(checkpoint.glob("model-*.safetensors")):
+            weights |= load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The checkpoint {checkpoint} cannot be read ({error}); the run may have gone on.") from None
+    wanted = dict(model.named_parameters())
+    if strange := sorted(weights.keys() ^ wanted.keys()):
+        raise UserError(f"{checkpoint} does not fit the model: {strange[0]} is in one of them only.")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(weights[name])
+    progress = state["progress"]
+    facts = Facts(
+        name=recipe.hub.push or folder.resolve().name,
+        recipe=recipe,
+        num_parameters=num_parameters(model.config),
+        steps=progress["step"],
+        tokens=progress["tokens"],
+        seconds=progress["seconds"],
+        numbers=_numbers_at(folder / run_folder.METRICS, progress["step"]),
+        machine=state["facts"],
+        data=data,
+        data_hash=corpus["train"],
+        is_simulated=corpus.get("is_simulated", False),
+        is_finished=False,
+    )
+    return model, facts
+
+
+def _read_config(folder: Path) -> tuple[Recipe, dict[str, Any], Manifest]:
+    try:
+        stored = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
+        corpus = stored.pop("corpus")
+        recipe = run_folder.from_stored(stored)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / run_folder.CONFIG} is not the recipe of a run ({error}).") from None
+    copy = folder / run_folder.DATA
+    path = copy if copy.is_file() else Path(corpus["folder"]) / "corpus.json"
+    if not path.is_file():
+        raise UserError(f"What the run in {folder} was trained on is not known any more: {copy} is missing.")
+    return recipe, corpus, manifest_of(path)
+
+
+def _card_of(source: str, folder: Path, model: EsmForMaskedLM) -> tuple[str, dict[str, Path]]:
+    """The card of published weights, without its old checksums, and what it shows; of a fair-esm file, a short one."""
+    if (folder / CARD).is_file():
+        text = (folder / CARD).read_text(encoding="utf-8").split("\n## Files\n")[0]
+        return text, {CURVES: folder / CURVES} if (folder / CURVES).is_file() else {}
+    front_matter = ModelCardData(
+        library_name="transformers", pipeline_tag="fill-mask", tags=["biology", "protein", "esm"]
+    )
+    name = Path(source).name
+    return (
+        f"---\n{front_matter.to_yaml()}\n---\n\n# {name}\n\nConverted from `{name}` ({preset_of(model.config)}).\n",
+        {},
+    )
+
+
+def _find_checkpoint(folder: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
+    checkpoints = folder / run_folder.CHECKPOINTS
+    if step is None:
+        for path in reversed(list_checkpoints(checkpoints)):
+            try:
+                return path, read_state(path)
+            except (OSError, ValueError, KeyError, TypeError):  # the run itself says so when it goes on
+                continue
+        raise UserError(f"The run in {folder} has no whole checkpoint yet.")
+    path = checkpoints / checkpoint_name(step)
+    if not path.is_dir():
+        there = ", ".join(str(step_of(one)) for one in list_checkpoints(checkpoints)) or "none"
+        raise UserError(f"The run in {folder} has no checkpoint of step {step}; there are {there} (--checkpoint.keep).")
+    try:
+        return path, read_state(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The checkpoint {path} is damaged ({error}) and is not exported.") from None
+
+
+def _numbers_at(metrics: Path, step: int) -> dict[str, Any]:
+    """The validation of a step, or {} where there was none."""
+    if not metrics.is_file():
+        return {}
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    found = [line for line in lines if "validation_loss" in line and line["step"] == step]
+    return found[-1] if found else {}
