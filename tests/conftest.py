@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.hub_server import HubServer, free_port
+from support.small import FOUR_STEPS
 
 HUB_PORT = free_port()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"
@@ -20,16 +21,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
-FOUR_STEPS = {
-    "schedule.steps": "4",
-    "checkpoint.every": "2",
-    "validation.every": "2",
-    "data.crop": "64",
-    "batch.tokens": "256",
-    "batch.micro_batches": "1",
-    "run.log_every": "1",
-    "run.trackers": "none",
-}
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FOUR_STEPS
 from safetensors.torch import load_file, save_file
+from support.small import FOUR_STEPS
 
 from hf_plm import load_recipe, pretrain
 from hf_plm.config import UserError

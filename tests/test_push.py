@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FOUR_STEPS
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from safetensors.torch import load_file, save_file
 from support.hub_server import Fault, HubServer
+from support.small import FOUR_STEPS
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_plm import load_recipe, pretrain
