@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from hf_plm.cli import main
 from hf_plm.config import UserError
 from hf_plm.training.export import export
 from hf_plm.training.push import Request, push
@@ -104,6 +105,14 @@ def test_what_is_not_whole_is_not_exported(run, tmp_path):
         with pytest.raises(UserError, match=r"is not the file that the model card names by its checksum"):
             export(str(run), kind, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    for words in (
+        ["export", str(run), "--format", "fair-esm"],
+        ["push", str(run), "a/b"],
+        ["push", str(run), "a/b", "--dry-run"],
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_plm.config import LostProcessError, Recipe, UserError
 from hf_plm.data.corpus import Corpus
@@ -72,6 +73,9 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         _build_no_kernels()
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timedelta(minutes=30))
     accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp, group])
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Told of stage 3, transformers would share out what it loads; the engine does that with what it is given.
+        unset_hf_deepspeed_config()
     if accelerator.num_processes > 1:
         try:
             _gloo_group()

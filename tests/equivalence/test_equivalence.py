@@ -115,6 +115,17 @@ def test_no_run_waits_for_a_kernel_to_be_built(runs: Runs) -> None:
     assert not (runs.folder / EXTENSIONS).exists()
 
 
+def test_a_run_from_published_weights_is_the_same_under_stage_3(runs: Runs, record_property: Any) -> None:
+    """Whatever loads a model while transformers knows of stage 3 gets empty weights."""
+    knobs = (("init.from", str(runs(ONE).folder / "hub")),)
+    one, member = Member("one_published", "cpu", knobs=knobs), Member("zero3_x2_published", "zero3", 2, knobs=knobs)
+    found = difference(runs(member), runs(one))
+    for what, value in vars(found).items():
+        record_property(f"{member.name}_{what}", f"{value:.1e}")
+    assert not found.beyond(TOLERANCE["no"]), found
+    assert training_lines(runs(one))[0]["loss"] < training_lines(runs(ONE))[0]["loss"]
+
+
 @pytest.mark.slow
 def test_zero3_shares_out_weights_that_are_large_enough(runs: Runs, record_property: Any) -> None:
     """DeepSpeed leaves matrices under 100,000 elements whole, and the demo network has no others; the 8M one has."""
