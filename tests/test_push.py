@@ -245,7 +245,7 @@ PASSING = {
     "unavailable": (Fault(503, times=2), r"HTTP 503"),
     "somebody else": (Fault(kind="overtake"), r"Somebody else wrote to the model tester/plm in between"),
     "dropped in the commit": (Fault(kind="drop"), r"connection to the Hub failed"),
-    "dropped in a large file": (Fault(kind="drop", method="PUT", path="", times=20), r"connection to the Hub failed"),
+    "dropped in a large file": (Fault(kind="drop", method="PUT", path="", times=8), r"connection to the Hub failed"),
     "answer lost": (Fault(kind="lose_answer"), r"connection to the Hub failed"),
     "slow": (Fault(kind="slow"), None),
     "rude": (Fault(kind="echo_token", times=2), r"HTTP 500"),

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
 
 from hf_plm.config import Hub, Recipe, UserError
 from hf_plm.data.manifest import is_corpus, read_manifest
@@ -188,10 +189,10 @@ def send(shipment: Shipment, request: Request, say: Callable[[str], None] = prin
     def work() -> str:
         try:
             return _commit(api, shipment, additions, request, say)
-        except ConnectionError as error:
+        except (ConnectionError, HfHubHTTPError) as error:
             if "xet" not in str(error).lower() or constants.HF_HUB_DISABLE_XET:
                 raise
-            # The client has no other way by itself, and says so in this error of its Rust part only.
+            # The client takes no other way by itself, and tells this fault by its words only.
             say("Sending through Xet, the Hub's store for large files, failed; going on without it.")
             constants.HF_HUB_DISABLE_XET = True
             return _commit(api, shipment, additions, request, say)
