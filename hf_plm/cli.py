@@ -191,8 +191,9 @@ def _knob_table() -> str:
         if item.name.split(".")[0] != section:
             section = item.name.split(".")[0]
             lines.append("")
-        default = "auto" if item.default is None else "none" if item.default == () else item.default
-        default = " ".join(default) if isinstance(default, tuple) else default
+        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+        if default in (None, ""):
+            default = "auto" if item.may_be_auto else "none"
         lines.append(f"  --{item.name} ({default})\n        {item.meaning}")
     return "\n".join(lines)
 

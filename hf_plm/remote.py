@@ -80,13 +80,12 @@ def attempt(
 
 def judge(error: Exception, what: str) -> Fault | None:
     """What an error of the client or of the connection means for the person; None for one that is a bug."""
-    if isinstance(error, RuntimeError) and isinstance(
-        error.__cause__, Exception
-    ):  # so the client wraps a failed upload
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        # So the client wraps a failed upload.
         return judge(error.__cause__, what)
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, OfflineModeIsEnabled):
+    if _is_offline(error):
         return Fault(f"{what} was not reached, because HF_HUB_OFFLINE is set; unset it, or name a folder on this disk.")
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
         return Fault(f"{what} is no name of a repository: {scrub(error)}")
     if isinstance(error, GatedRepoError):
@@ -107,19 +106,38 @@ def judge(error: Exception, what: str) -> Fault | None:
         return _judge_status(error, status, what)
     if isinstance(error, LocalEntryNotFoundError) or _is_of_the_connection(error):
         cause = error.__cause__ or error
-        return Fault(f"The connection to the Hub failed for {what} ({type(cause).__name__}).", is_temporary=True)
+        is_temporary = type(cause).__name__ not in ("UnsupportedProtocol", "InvalidURL")
+        return Fault(f"The connection to the Hub failed for {what} ({type(cause).__name__}).", is_temporary)
+    if isinstance(error, UnicodeEncodeError):
+        return Fault("The token has characters that no token has; log in again with `hf auth login`, or set HF_TOKEN.")
+    if isinstance(error, ValueError) and re.search("metadata|licen[sc]e", str(error), re.IGNORECASE):
+        return Fault(f"The Hub does not take the card of {what}: {scrub(error)[:300]}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return Fault(f"{what}: {error.strerror} ({error.filename}); the client keeps its files in HF_HOME.")
     return None
+
+
+def _is_offline(error: BaseException | None) -> bool:
+    """Whether offline mode is at the bottom of it; the client wraps that in errors of other kinds."""
+    for _ in range(10):
+        if error is None or isinstance(error, OfflineModeIsEnabled):
+            break
+        error = error.__cause__ or error.__context__
+    return isinstance(error, OfflineModeIsEnabled)
 
 
 def _judge_status(error: HfHubHTTPError, status: int | None, what: str) -> Fault:
     if status == 403:
         return Fault(f"The token may not do that with {what}: it needs the right to write to it. {_server_says(error)}")
+    if status == 409:
+        return Fault(f"The Hub is busy with {what} (HTTP 409). {_server_says(error)}".strip(), is_temporary=True)
     if status == 412:
         return Fault(f"Somebody else wrote to {what} in between.", is_temporary=True, wait=0.0)
     if status == 429:
         return Fault(f"The Hub has had too many requests ({what}).", is_temporary=True, wait=_retry_after(error))
     if status is None or status >= 500 or status == 408:
-        return Fault(f"The Hub failed on {what} (HTTP {status}). {_server_says(error)}".strip(), is_temporary=True)
+        sentence = f"The Hub failed on {what} (HTTP {status}). {_server_says(error)}".strip()
+        return Fault(sentence, is_temporary=True, wait=_retry_after(error))
     return Fault(f"The Hub refused {what} (HTTP {status}). {_server_says(error)}".strip())
 
 
@@ -168,7 +186,11 @@ def download(name: str, kind: str, patterns: list[str], say: Callable[[str], Non
     repository, revision = split_revision(name)
 
     def work() -> str:
-        return snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns)
+        # Of a model the top folder alone: others keep whole checkpoints in folders.
+        nested = ["*/*"] if kind == "model" else None
+        return snapshot_download(
+            repository, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=nested
+        )
 
     return Path(attempt(f"the {kind} {name}", work, say))
 
@@ -181,7 +203,8 @@ def has_file(name: str, kind: str, file: str) -> bool:
         try:
             return os.path.exists(hf_hub_download(repository, file, repo_type=kind, revision=revision))
         except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
+            # Offline, what the client never saw is not there; `datasets` may have it in a cache of its own.
+            if isinstance(error, LocalEntryNotFoundError) and not _is_offline(error):
                 raise
             return False
 

@@ -33,7 +33,8 @@ def facts(family_corpus):
     )
     machine = {"device": "NVIDIA H200", "processes": 4, "engine": "DDP", "precision": "bf16", "torch": "2.13.0"}
     corpus = read_manifest(family_corpus)
-    return Facts("somebody/plm", recipe, 814_386, 300, 2_457_600, 5400.0, NUMBERS, machine, corpus, "0123abcd")
+    numbers = (814_386, 300, 2_457_600, 5400.0, NUMBERS)
+    return Facts("somebody/plm", recipe, *numbers, machine, corpus, "0123abcd", datasets=("agroup/uniref",))
 
 
 def test_front_matter_is_what_the_hub_reads(facts):
@@ -85,16 +86,18 @@ def test_nothing_is_left_unsaid(facts):
         "not been shown to have learned": {"numbers": unlearned},
         "No licence was chosen": {"recipe": facts.recipe.replace(hub__license=None)},
         "![loss": {"has_curves": True},
-        "from the weights of `a/b@v1`": {"recipe": facts.recipe.replace(init__from="a/b@v1")},
+        "from the weights of `a/b@v1`": {"start": "a/b@v1"},
     }
     for sentence, change in changes.items():
         assert sentence in model_card(dataclasses.replace(facts, **change))
 
 
 def test_weights_that_it_started_from_are_its_base_model(facts):
-    named = dataclasses.replace(facts, recipe=facts.recipe.replace(init__from="a/b@v1"))
+    named = dataclasses.replace(facts, start="a/b@v1", start_sha256="77aa")
+    assert "(sha256 `77aa`)" in model_card(named)
     assert ModelCard(model_card(named)).data.to_dict()["base_model"] == "a/b"
-    local = dataclasses.replace(facts, recipe=facts.recipe.replace(init__from="/home/somebody/runs/old/hub"))
+    path = facts.recipe.replace(init__from="/home/somebody/runs/old/hub")
+    local = dataclasses.replace(facts, recipe=path, start="hub")
     card = model_card(local)
     assert "base_model" not in ModelCard(card).data.to_dict()
     assert "from the weights of `hub`" in card

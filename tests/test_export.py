@@ -50,9 +50,28 @@ def test_a_checkpoint_becomes_a_hub_folder_with_the_numbers_of_its_step(run):
     assert "simulated, not natural" in card
 
 
+def test_nothing_is_overwritten(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("chapter 1")
+    for out in (tmp_path / "out", run / "hub", tmp_path / "out" / "thesis.tex"):
+        with pytest.raises(UserError, match=r"is there already; name another place with --out"):
+            export(str(run), "hub", out, step=2)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "chapter 1"
+
+
+def test_what_the_author_wrote_below_the_checksums_stays(run, tmp_path):
+    card = run / "hub" / "README.md"
+    card.write_text(card.read_text() + "\n## Acknowledgements\n\nThanks.\n")
+    export(str(run), "hub", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "## Acknowledgements" in text
+    assert text.count("## Files") == 1
+
+
 def test_the_last_checkpoint_is_the_finished_model(run):
     export(str(run), step=4)
     assert torch.equal(logits(run / "exports" / "mine-step-4-hub"), logits(run / "hub"))
+    assert "middle of the run" not in (run / "exports" / "mine-step-4-hub" / "README.md").read_text()
     assert not torch.equal(logits(run / "exports" / "mine-step-4-hub"), torch.zeros(1))
 
 

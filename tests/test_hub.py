@@ -184,7 +184,7 @@ def test_what_does_not_read_back_is_not_written(tmp_path, monkeypatch, fault):
 
 def test_other_peoples_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("chapter 1")
-    with pytest.raises(UserError, match="exists and is not a Hub folder"):
+    with pytest.raises(UserError, match=r"holds thesis.tex, which would be lost"):
         save_hub_folder(new_model(), tmp_path, "card")
     assert names(tmp_path) == ["thesis.tex"]
 

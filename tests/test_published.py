@@ -71,6 +71,26 @@ def test_a_run_on_published_weights_goes_on_without_them(family_corpus, tmp_path
         pretrain(other)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_weights_again(family_corpus, tmp_path, odd_size):
+    copy = Path(shutil.copytree(odd_size, tmp_path / "published"))
+    asked = recipe(family_corpus, tmp_path / "run", init__from=str(copy))
+    pretrain(asked)
+    first = first_loss(tmp_path / "run")
+    for part in ("hub", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / part)
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    pretrain(asked)
+    assert first_loss(tmp_path / "run") == first
+
+    for part in ("hub", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / part)
+    (tmp_path / "run" / "summary.json").unlink()
+    save_hub_folder(build_model(esm_config("2x32x2"), seed=4), copy, "---\nlicense: mit\n---\n# other\n")
+    with pytest.raises(UserError, match=r"are not the weights any more that the run in .* began from"):
+        pretrain(asked)
+
+
 def test_it_learns_on_from_a_run_of_ours_on_the_hub(hub, family_corpus, tmp_path, finished_run):
     push(Request(finished_run, "tester/plm", "step-2"), print)
     result = pretrain(recipe(family_corpus, tmp_path / "run", "demo", init__from="tester/plm@step-2"))

@@ -1,6 +1,7 @@
 """Publishing: what is sent is whole, verified and names nobody; a bad network costs time and nothing else."""
 
 import getpass
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from hf_plm import load_recipe, pretrain
 from hf_plm.config import UserError
 from hf_plm.data.prepare import ensure_prepared
-from hf_plm.training.push import BackgroundPushes, Request, listing, push, push_finished
+from hf_plm.models.hub import without_checksums
+from hf_plm.training import run_folder
+from hf_plm.training.push import Request, listing, push
+from hf_plm.training.pushes import BackgroundPushes, push_finished
 
 REPO, DATA = "tester/plm", "tester/families"
 # The client's own way of giving httpx a file.
@@ -109,6 +113,35 @@ def test_a_checkpoint_goes_to_a_branch_of_its_own(hub, run):
         pushed(run, REPO, "step-3")
 
 
+@pytest.mark.parametrize("fault", [Fault(500, times=99), Fault(kind="drop", method="PUT", path="", times=999)])
+def test_a_branch_never_passes_for_another_model(hub, run, waits, fault):
+    pushed(run, REPO)
+    hub.play(fault)
+    with pytest.raises(UserError):
+        pushed(run, REPO, "step-2")
+    assert {branch.name for branch in HfApi().list_repo_refs(REPO).branches} == {"main"}
+    hub.faults.clear()
+    pushed(run, REPO, "step-2")
+    assert [title for _, title in hub.commits(REPO, revision="step-2")] == ["Step 2", "initial commit"]
+    assert hub.files(REPO)["model.safetensors"] != hub.files(REPO, revision="step-2")["model.safetensors"]
+
+
+def test_the_same_again_is_no_commit(hub, run):
+    pushed(run, REPO)
+    commits, sent = hub.commits(REPO), len([call for call in hub.requests if call[0] == "PUT"])
+    pushed(run, REPO)
+    assert hub.commits(REPO) == commits
+    assert len([call for call in hub.requests if call[0] == "PUT"]) == sent
+
+
+@pytest.mark.parametrize("branch", ["refs/pr/1", "-x", "a b", "../main", ""])
+def test_a_revision_is_a_branch(hub, run, branch):
+    if branch:
+        with pytest.raises(UserError, match="--revision names a branch, such as step-10000"):
+            pushed(run, REPO, branch)
+    assert hub.requests == []
+
+
 def test_an_unfinished_run_is_not_pushed_by_mistake(hub, run):
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match=r"is not finished; push one of its checkpoints with --revision step-N"):
@@ -117,13 +150,34 @@ def test_an_unfinished_run_is_not_pushed_by_mistake(hub, run):
 
 
 def test_a_later_push_takes_away_what_the_earlier_left_and_no_more(hub, run):
+    (run / "hub" / "picture.png").write_bytes(b"png")
+    (run / "hub" / "LICENSE").write_text("Do what you like.")
+    card = run / "hub" / "README.md"
+    card.write_text(card.read_text() + f"| `picture.png` | `{hashlib.sha256(b'png').hexdigest()}` |\n")
     pushed(run, REPO)
-    HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="model-00001-of-00002.safetensors", repo_id=REPO)
+    assert hub.files(REPO)["picture.png"] == b"png"
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes/usage.md", repo_id=REPO)
-    pushed(run, REPO)
+    (run / "hub" / "picture.png").unlink()
+    card.write_text(re.sub(r"\| `picture.png`.*\n", "", card.read_text()))
+    assert "Removing what an earlier push left: picture.png." in pushed(run, REPO)
     there = hub.files(REPO)
-    assert "model-00001-of-00002.safetensors" not in there
+    assert "picture.png" not in there
     assert there["notes/usage.md"] == b"mine"
+    assert there["LICENSE"] == b"Do what you like."
+
+
+def test_a_licence_set_on_the_hub_stays(hub, run):
+    HfApi().create_repo(REPO)
+    HfApi().upload_file(path_or_fileobj=b"---\nlicense: cc0-1.0\n---\n", path_in_repo="README.md", repo_id=REPO)
+    said = pushed(run, REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert (card.data.license, card.data.library_name) == ("cc0-1.0", "transformers")
+    assert "No licence was chosen" not in card.text
+    assert said == []
+    card = run / "hub" / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+    pushed(run, REPO)
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
 
 
 def test_dry_run_verifies_lists_every_file_and_asks_nothing(hub, run):
@@ -172,8 +226,11 @@ def test_nobody_is_named_in_what_is_sent(hub, run, finished_run, family_corpus):
         ("tokenizer", r"vocab.txt"),
         ("front matter", r"cannot be read .*correct its front matter"),
         ("no front matter", r"has no front matter"),
-        ("pickle", r"optimizer.pt does not belong into a Hub folder"),
-        ("code", r"modeling.py does not belong"),
+        ("pickle", r"optimizer.pt has no place in a repository of a model"),
+        ("code", r"modeling.py has no place in a repository of a model"),
+        ("log", r"training.log has no place"),
+        ("foreign code", r"config.json has 'auto_map', which points outside"),
+        ("token", r"README.md holds what looks like a token of the Hub"),
         ("nothing", r"is neither a run, a Hub folder nor a prepared corpus"),
     ],
 )
@@ -200,6 +257,14 @@ def test_a_folder_that_is_not_right_is_not_sent(hub, run, fault, sentence):
         (folder / "optimizer.pt").write_bytes(b"")
     elif fault == "code":
         (folder / "modeling.py").write_text("print()")
+    elif fault == "log":
+        (folder / "training.log").write_text("at home")
+    elif fault == "foreign code":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "a/b--c.D"}}))
+        card.write_text(without_checksums(card.read_text()))
+    elif fault == "token":
+        card.write_text(card.read_text() + "hf_" + "a1B" * 10)
     elif fault == "nothing":
         shutil.rmtree(folder)
         (run / "config.yaml").unlink()
@@ -220,8 +285,8 @@ def test_without_a_token_nothing_is_asked(hub, run, monkeypatch):
 FINAL = {
     "unknown token": (Fault(401), r"does not accept the token"),
     "no right": (Fault(403), r"token may not do that with the model tester/plm"),
-    "gone": (Fault(404), r"has not got the model tester/plm|refused|no such revision"),
-    "conflict": (Fault(409), r"refused the model tester/plm \(HTTP 409\)"),
+    "gone": (Fault(404), r"The Hub has not got the model tester/plm"),
+    "bad card": (Fault(400), r"The Hub refused the model tester/plm \(HTTP 400\)"),
 }
 
 
@@ -241,6 +306,11 @@ def test_what_will_not_pass_is_told_at_once_and_nothing_is_published(hub, run, w
 
 PASSING = {
     "too many requests": (Fault(429, times=2, retry_after=7), r"too many requests .*Trying again in 7 s"),
+    "conflict": (Fault(409), r"busy with the model tester/plm \(HTTP 409\)"),
+    "refused for a while": (Fault(503, retry_after=4), r"HTTP 503.*Trying again in 4 s"),
+    "failed after the commit": (Fault(500, path="/paths-info/", times=3), r"HTTP 500"),
+    "failed before all": (Fault(500, path="/repos/create"), r"HTTP 500"),
+    "failed at the preupload": (Fault(500, path="/preupload/", times=8), r"HTTP 500"),
     "server failed": (Fault(500, times=2), r"HTTP 500.*Trying again in 1 s"),
     "unavailable": (Fault(503, times=2), r"HTTP 503"),
     "somebody else": (Fault(kind="overtake"), r"Somebody else wrote to the model tester/plm in between"),
@@ -265,6 +335,9 @@ def test_what_passes_is_waited_for_and_then_all_is_there(hub, run, waits, capfd,
         assert said == ""
     there = hub.files(REPO)
     assert all(there[path.name] == path.read_bytes() for path in (run / "hub").iterdir() if path.name != "README.md")
+    titles = [title for _, title in hub.commits(REPO)]
+    assert titles.count("4 steps") == 2
+    assert len(titles) == (4 if name == "somebody else" else 3)
     assert hub.token not in said + "".join(capfd.readouterr())
 
 
@@ -304,7 +377,7 @@ def change(run):
 
 def test_what_the_hub_has_otherwise_than_it_was_sent_is_noticed(hub, run, monkeypatch):
     """The twin of the comparison after the commit."""
-    monkeypatch.setattr("hf_plm.training.push._git_blob", lambda content: "0" * 40)
+    monkeypatch.setattr("hf_plm.training.push._differing", lambda *args: ["README.md"])
     with pytest.raises(UserError, match=r"README.md is not on the Hub as it was sent"):
         pushed(run, REPO)
 
@@ -432,25 +505,25 @@ def test_a_run_pushes_its_checkpoints_and_its_end(online, family_corpus, tmp_pat
     assert len(writes(online)) == again
 
 
-def test_a_hub_that_fails_neither_stops_nor_changes_the_run(
-    online, family_corpus, tmp_path, finished_run, capfd, monkeypatch
-):
+def test_a_hub_that_fails_neither_stops_nor_changes_the_run(online, family_corpus, tmp_path, finished_run, monkeypatch):
     """The pushes of a run are processes of their own, so that their waits are real: one attempt is all they have."""
     monkeypatch.setattr("hf_plm.remote.ATTEMPTS", 1)
     monkeypatch.setattr("hf_plm.remote.attempt.__defaults__", (print, 1))
     online.play(Fault(403, times=99))
     with pytest.raises(
-        UserError, match=r"The run is finished .* but it was not pushed: .* Later: hf-plm push .* tester/plm"
+        UserError,
+        match=r"The run is finished .* step 2 was not pushed .* its model was not pushed .* hf-plm push .* tester/plm",
     ):
         pretrain(recipe(family_corpus, tmp_path / "mine", hub__push=REPO, hub__every="2"))
-    said = "".join(capfd.readouterr())
-    assert "Step 2 was not pushed: The token may not do that" in said
     assert lines(tmp_path / "mine") == lines(finished_run)
     assert online.files(REPO).keys() == {".gitattributes"}
+    assert json.loads((tmp_path / "mine" / "pushed.json").read_text())["pending"] == [2, 4]
     # The next start of the same command takes it up.
     online.faults.clear()
     pretrain(recipe(family_corpus, tmp_path / "mine", hub__push=REPO))
     assert "model.safetensors" in online.files(REPO)
+    branches = {branch.name for branch in HfApi().list_repo_refs(REPO).branches}
+    assert branches == {"main", "step-2", "step-4"}
     everything = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in everything if online.token.encode() in path.read_bytes()]
 
@@ -470,24 +543,132 @@ class FakePush:
         return self.returncode if self.is_over else None
 
 
-def test_what_failed_is_tried_again_with_the_next_and_its_checkpoint_is_held(tmp_path, monkeypatch):
-    said, started = [], []
+@pytest.fixture
+def pushes(tmp_path, monkeypatch):
+    """Pushes whose processes are made up: `outcomes` are their exit codes, `started` their steps."""
+    said, started, outcomes = [], [], []
     (tmp_path / "push.log").write_text("hf-plm: The Hub failed.\n")
-    pushes = BackgroundPushes(recipe("x", tmp_path, hub__push=REPO, hub__every="10").hub, tmp_path, 0, said.append)
-    outcomes = iter([1, 0, 0])
-    monkeypatch.setattr(pushes, "_start", lambda step: started.append(step) or FakePush(next(outcomes)))
+    monkeypatch.setattr(
+        BackgroundPushes,
+        "_start",
+        lambda self, step: started.append(step) or FakePush(outcomes.pop(0) if outcomes else 0),
+    )
+
+    def new(step):
+        made = BackgroundPushes(recipe("x", tmp_path, hub__push=REPO, hub__every="10").hub, tmp_path, step, said.append)
+        made.said, made.started, made.outcomes = said, started, outcomes
+        return made
+
+    return new
+
+
+def end(pushes):
+    pushes._running[1].is_over = True
+    pushes.poll()
+
+
+def test_what_failed_is_tried_again_with_the_next_and_its_checkpoint_is_held(pushes):
+    run = pushes(0)
+    run.outcomes += [1, 0, 0]
     for step in (5, 10, 15):
-        pushes.offer(step)
-    assert (started, pushes.held) == ([10], {"step-00000010"})
-    pushes._running[1].is_over = True
-    pushes.poll()
-    assert said == ["Step 10 was not pushed: The Hub failed. The next push tries it again."]
-    assert pushes.held == {"step-00000010"}
-    pushes.offer(20)
-    assert (started, pushes.held) == ([10, 10], {"step-00000010", "step-00000020"})
-    pushes._running[1].is_over = True
-    pushes.poll()
-    assert started == [10, 10, 20]
+        run.offer(step)
+    assert (run.started, run.held) == ([10], {"step-00000010"})
+    end(run)
+    assert run.said == ["Step 10 was not pushed: The Hub failed. The next push tries it again."]
+    assert run.held == {"step-00000010"}
+    run.offer(20)
+    assert (run.started, run.held) == ([10, 10], {"step-00000010", "step-00000020"})
+    end(run)
+    end(run)
+    assert run.started == [10, 10, 20]
+    assert run.held == set()
+
+
+def test_what_waits_is_taken_up_after_a_stop_or_said_to_be_lost(pushes, tmp_path):
+    run = pushes(0)
+    for step in (10, 20):
+        run.offer(step)
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    run._running = None  # as after a kill
+    assert json.loads((tmp_path / "pushed.json").read_text())["pending"] == [10, 20]
+    (tmp_path / "checkpoints" / "step-00000010").rmdir()
+    again = pushes(25)
+    assert again.said == ["Step 10 was never pushed, and its checkpoint is gone."]
+    assert again.held == {"step-00000020"}
+    again.poll()
+    assert again.started == [10, 20]
+
+
+def test_too_many_that_wait_are_given_up_with_a_word(pushes):
+    run = pushes(0)
+    for step in (10, 20, 30, 40, 50):
+        run.offer(step)
+    assert run.held == {"step-00000010", "step-00000040", "step-00000050"}
+    assert [line.split(":")[0] for line in run.said] == [
+        "Step 20 is not pushed any more",
+        "Step 30 is not pushed any more",
+    ]
+
+
+def test_a_log_that_cannot_be_written_is_a_failed_push_and_no_more(tmp_path):
+    (tmp_path / "push.log").mkdir()
+    said = []
+    run = BackgroundPushes(recipe("x", tmp_path, hub__push=REPO, hub__every="1").hub, tmp_path, 0, said.append)
+    run.offer(1)
+    assert "Step 1 was not pushed: Is a directory" in said[0]
+    run.close()
+
+
+def test_what_a_killed_push_left_is_swept(hub, run):
+    (run / ".push-made" / "hub").mkdir(parents=True)
+    pushed(run, REPO, "step-2")
+    assert not (run / ".push-made").exists()
+    (run / ".push-made").mkdir()
+    BackgroundPushes(recipe("x", run, hub__push=REPO, hub__every="1").hub, run, 0, print)
+    assert not (run / ".push-made").exists()
+
+
+def test_two_pushes_of_one_checkpoint_do_not_meet(hub, run):
+    with run_folder.locked(run / ".push.lock", "is pushing"):
+        code = "import sys; from hf_plm.cli import main; main(sys.argv[1:])"
+        command = [sys.executable, "-c", code, "push", str(run), REPO, "--revision", "step-2"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hub.environment})
+    assert done.returncode == 1
+    assert "is pushing a checkpoint of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"hub__license": "mitt"}, r"The Hub does not take the card of the model tester/plm: .*must be one of"),
+        ({"hub__push": "somebody/else"}, r"needs the right to write"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_told_at_the_start(online, family_corpus, tmp_path, knobs, sentence, monkeypatch):
+    if "hub__push" in knobs:
+        with monkeypatch.context() as other:
+            other.setattr("support.hub_server.OWNER", "somebody")
+            HfApi().create_repo("somebody/else")
+        monkeypatch.setenv("HF_TOKEN", online.read_token)
+    with pytest.raises(UserError, match=sentence):
+        pretrain(recipe(family_corpus, tmp_path / "mine", **{"hub__push": REPO, **knobs}))
+    assert not (tmp_path / "mine" / "config.yaml").exists()
+
+
+def test_a_mistake_in_the_data_leaves_no_empty_repository(online, tmp_path):
+    with pytest.raises(UserError, match=r"no file or folder"):
+        pretrain(recipe("nosuch.fasta", tmp_path / "mine", hub__push=REPO))
+    assert not HfApi().repo_exists(REPO)
+
+
+def test_a_finished_run_asked_for_another_card_says_where_it_is(family_corpus, tmp_path, finished_run):
+    again = load_recipe(
+        "demo", {"data.train": str(family_corpus), "run.folder": str(finished_run), **FOUR_STEPS, "hub.license": "mit"}
+    )
+    with pytest.raises(
+        UserError, match=r"is finished, and hub.license went into its model card then; edit .*README.md"
+    ):
+        pretrain(again)
 
 
 def test_a_finished_run_without_a_repository_pushes_nothing(hub, run):

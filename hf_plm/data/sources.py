@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from hf_plm.config import UserError
 from hf_plm.proteins.fasta import FastaReader
-from hf_plm.remote import is_repository
+from hf_plm.remote import is_repository, split_revision
 
 Format = Literal["fasta", "parquet", "datasets", "hub"]
 FASTA_SUFFIXES = (".fasta", ".fa", ".faa", ".fas", ".fsa", ".pep", ".mpfa", ".pir", ".a2m", ".a3m")
@@ -168,7 +168,8 @@ def _hub_splits(name: str) -> list[str]:
     from datasets import get_dataset_split_names
 
     try:
-        return list(get_dataset_split_names(name))
+        repository, revision = split_revision(name)
+        return list(get_dataset_split_names(repository, revision=revision))
     except Exception as error:  # the client raises a dozen kinds; to the user they are one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -261,7 +262,8 @@ def _open_tables(source: Source) -> tuple[Callable[[list[str]], Iterator[dict[st
 
         return read_datasets, stored.column_names, len(stored)
 
-    streamed = datasets.load_dataset(source.location, split=source.own_split, streaming=True)
+    name, revision = split_revision(source.location)
+    streamed = datasets.load_dataset(name, split=source.own_split, streaming=True, revision=revision)
     names = streamed.column_names or list(next(iter(streamed)))
 
     def read_hub(columns: list[str]) -> Iterator[dict[str, list[Any]]]:

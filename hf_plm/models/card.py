@@ -5,7 +5,6 @@ Every number comes from the run; what was not measured is said to be so. No path
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -49,31 +48,33 @@ class Facts:
     is_simulated: bool = False
     is_finished: bool = True
     has_curves: bool = False
+    datasets: tuple[str, ...] = ()  # on the Hub
+    start: str | None = None  # weights that it started from: a repository, or the last part of a path
+    start_sha256: str | None = None
 
-    @property
-    def datasets(self) -> list[str]:
-        """Datasets on the Hub that it was trained on."""
-        named = [self.recipe.hub.dataset] if self.recipe.hub.dataset else []
-        return named + [name for name in self.recipe.data.train if is_repository(name) and not Path(name).exists()]
+
+def card_name(recipe: Recipe) -> str:
+    """The name that a card has until it is pushed somewhere: the repository, or the run folder as a repository's."""
+    return recipe.hub.push or re.sub(r"[^\w.-]+", "-", recipe.run_folder.resolve().name).strip("-.") or "model"
 
 
 def model_card(facts: Facts) -> str:
     """The README.md of a Hub folder; `save_hub_folder` adds the checksums of its files."""
     recipe, manifest = facts.recipe, facts.data
-    start = _without_path(recipe.init.from_) if recipe.init.from_ else None
+    start = facts.start
     size = f"size `{recipe.model.preset}`, {facts.num_parameters:,} parameters"
     curves = f"\n![loss, learning rate and speed over the tokens seen]({CURVES})\n" if facts.has_curves else ""
     licence = (
         "" if recipe.hub.license else "\nNo licence was chosen; until `license:` is set above, nothing is granted.\n"
     )
     return f"""---
-{_front_matter(facts, start)}
+{_front_matter(facts)}
 ---
 
 # {facts.name}
 
 A protein language model: ESM-2 architecture, {size},
-pretrained by masked-language modelling from {f"the weights of `{start}`" if start else "random weights"}.
+pretrained by masked-language modelling from {_start(facts)}.
 It is a stock `EsmForMaskedLM`: it opens in plain transformers, without remote code.
 {_notes(facts)}
 ```python
@@ -114,7 +115,7 @@ learned from context is under it.
 The recipe as it ran:
 
 ```yaml
-{_recipe(recipe)}```
+{_recipe(facts)}```
 
 To go on training from these weights, on other data too:
 
@@ -138,6 +139,12 @@ Science 379:1123.
 """
 
 
+def _start(facts: Facts) -> str:
+    if facts.start is None:
+        return "random weights"
+    return f"the weights of `{facts.start}`" + (f" (sha256 `{facts.start_sha256}`)" if facts.start_sha256 else "")
+
+
 def _notes(facts: Facts) -> str:
     """What nobody may overlook."""
     notes = []
@@ -151,7 +158,7 @@ def _notes(facts: Facts) -> str:
     return "".join(f"\n{note}\n" for note in notes)
 
 
-def _front_matter(facts: Facts, start: str | None) -> str:
+def _front_matter(facts: Facts) -> str:
     name = facts.name.split("/")[-1]
     dataset = facts.datasets[0] if facts.datasets else facts.data.name
     results = [
@@ -173,8 +180,8 @@ def _front_matter(facts: Facts, start: str | None) -> str:
         library_name="transformers",
         pipeline_tag="fill-mask",
         tags=_TAGS,
-        datasets=facts.datasets or None,
-        base_model=split_revision(start)[0] if start and is_repository(start) else None,
+        datasets=list(facts.datasets) or None,
+        base_model=split_revision(facts.start)[0] if facts.start and is_repository(facts.start) else None,
         model_name=name if results else None,
         eval_results=results or None,
     ).to_yaml()
@@ -222,20 +229,18 @@ def _contacts(start: str | None) -> str:
     return "The contact head is in the file because the architecture has one, and is untrained."
 
 
-def _recipe(recipe: Recipe) -> str:
+def _recipe(facts: Facts) -> str:
     """The recipe without what says where it ran."""
-    plain = recipe.to_dict()
+    plain = facts.recipe.to_dict()
     del plain["hub"]
     del plain["run"]["folder"]
     del plain["data"]["cache"]
-    for section, name in (("data", "train"), ("data", "validation")):
-        plain[section][name] = [_without_path(value) for value in plain[section][name]]
-    plain["init"]["from"] = _without_path(recipe.init.from_) if recipe.init.from_ else None
+    for name in ("train", "validation"):
+        plain["data"][name] = [_without_path(value, facts.datasets) for value in plain["data"][name]]
+    plain["init"]["from"] = facts.start
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _without_path(name: str) -> str:
-    """The last part of a path; the name of a repository as it is."""
-    if is_repository(name) and not Path(name).exists():
-        return name
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+def _without_path(name: str, datasets: tuple[str, ...]) -> str:
+    """The last part of a path; the name of a dataset on the Hub as it is."""
+    return name if split_revision(name)[0] in datasets else re.split(r"[/\\]", name.rstrip("/\\"))[-1]

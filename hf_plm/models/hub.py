@@ -87,8 +87,8 @@ def save_hub_folder(
     folder = Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.writing")
     try:
-        if folder.exists() and not is_hub_folder(folder) and any(folder.iterdir()):
-            raise UserError(f"{folder} exists and is not a Hub folder; name another one, or move it away.")
+        if strange := _not_ours(folder):
+            raise UserError(f"{folder} holds {strange}, which would be lost; name another folder, or move that away.")
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
         temporary.mkdir(parents=True)
         weights = published_state_dict(model)
@@ -148,12 +148,21 @@ def check_hub_folder(folder: str | Path) -> None:
     if tokenizer(PROBE)["input_ids"] != ProteinTokenizer()(PROBE)["input_ids"]:
         raise UserError(f"The tokenizer of {folder} gives other ids than ESM-2's.")
     text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
-    for name, expected in re.findall(_CHECKSUM_ROW, text):
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+    for name, expected in checksums_in(text).items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(
                 f"{folder / name} is not the file that the model card names by its checksum; export it again "
                 "(hf-plm export), or correct the card."
             )
+
+
+def _not_ours(folder: Path) -> str:
+    """A file or folder in the place of a Hub folder that no earlier save has put there, or ''."""
+    if not folder.exists():
+        return ""
+    card = folder / CARD
+    saved = {CARD, *(checksums_in(card.read_text(encoding="utf-8")) if card.is_file() else ())}
+    return next((path.name for path in sorted(folder.iterdir()) if path.name not in saved), "")
 
 
 def check_card(folder: Path) -> None:
@@ -172,14 +181,25 @@ def check_card(folder: Path) -> None:
 
 def _checksums(folder: Path) -> str:
     """A section of the card: the sha256 of every file but the card."""
-    rows = "".join(f"| `{path.name}` | `{_sha256(path)}` |\n" for path in sorted(folder.iterdir()) if path.name != CARD)
+    rows = "".join(f"| `{path.name}` | `{sha256(path)}` |\n" for path in sorted(folder.iterdir()) if path.name != CARD)
     return f"\n## Files\n\n| file | sha256 |\n|---|---|\n{rows}"
 
 
 _CHECKSUM_ROW = re.compile(r"^\| `([\w.-]+)` \| `([0-9a-f]{64})` \|$", re.MULTILINE)
+_CHECKSUM_TABLE = re.compile(r"\n## Files\n\n\| file \| sha256 \|\n\|---\|---\|\n(\| `[^`]+` \| `[0-9a-f]{64}` \|\n)*")
 
 
-def _sha256(path: Path) -> str:
+def checksums_in(card: str) -> dict[str, str]:
+    """What a card says of the files beside it: sha256 by name."""
+    return dict(_CHECKSUM_ROW.findall(card))
+
+
+def without_checksums(card: str) -> str:
+    return _CHECKSUM_TABLE.sub("", card)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

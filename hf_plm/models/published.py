@@ -3,12 +3,13 @@
 Nothing is left at random: weights that do not fit the network to the last key are refused.
 """
 
+import hashlib
 from pathlib import Path
 
 from transformers import EsmForMaskedLM
 
 from hf_plm.config import UserError
-from hf_plm.models.hub import load_hub_folder
+from hf_plm.models.hub import load_hub_folder, sha256
 from hf_plm.models.presets import esm_config, preset_of
 from hf_plm.remote import download, is_repository
 
@@ -42,6 +43,14 @@ def find_published(name: str) -> Path:
     if name.endswith(".pt") or not is_repository(name):
         raise UserError(f"There are no weights {name}: neither a file, a folder, nor a repository such as user/model.")
     return download(name, "model", FILES)
+
+
+def identity(path: Path) -> str:
+    """sha256 of published weights: that of their file, or of the several files' in the order of their names."""
+    if path.is_file():
+        return sha256(path)
+    hashes = [sha256(file) for file in sorted(path.glob("*.safetensors"))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def read_published(path: Path) -> EsmForMaskedLM:

@@ -24,6 +24,7 @@ from torch import nn
 
 from hf_plm.config import UserError
 from hf_plm.data.order import Cursor
+from hf_plm.models.hub import sha256
 from hf_plm.training.engine import MOMENTS, put, read, set_up
 from hf_plm.training.spikes import Trend
 
@@ -201,7 +202,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         )
         raise UserError(f"{checkpoint} has checkpoint format {state['format']}, not {FORMAT}; it is of {other}.")
     for name, written in state["sha256"].items():
-        if _sha256(checkpoint / name) != written:
+        if sha256(checkpoint / name) != written:
             raise ValueError(f"{name} is not as it was written")
     return state
 
@@ -275,12 +276,7 @@ def write_text(path: Path, text: str) -> None:
 def sync_and_hash(path: Path) -> str:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
 
-from hf_plm.config import Recipe, UserError
-from hf_plm.data.manifest import Manifest, manifest_of
-from hf_plm.models.card import CURVES, Facts, model_card
-from hf_plm.models.hub import CARD, check_hub_folder, is_hub_folder, save_hub_folder
+from hf_plm.config import UserError
+from hf_plm.data.manifest import MANIFEST_NAME, Manifest, manifest_of
+from hf_plm.models.card import CURVES, Facts, card_name, model_card
+from hf_plm.models.hub import CARD, check_hub_folder, is_hub_folder, save_hub_folder, without_checksums
 from hf_plm.models.presets import build_model, esm_config, num_parameters, preset_of
 from hf_plm.models.published import find_published, read_published
 from hf_plm.training import run_folder
@@ -53,6 +52,8 @@ def export(source: str, kind: str = "hub", out: Path | None = None, step: int | 
         card, extras = _card_of(source, folder, model)
         name = path.resolve().name
     out = out or path / EXPORTS / _default_name(kind, name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name another place with --out, or move it away.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "hub":
         return sorted(save_hub_folder(model, out, card, extras).iterdir())
@@ -72,7 +73,8 @@ def _default_name(kind: str, name: str) -> str:
 
 def read_run(folder: Path, step: int | None) -> tuple[EsmForMaskedLM, Facts]:
     """The model of a run's checkpoint (the newest where `step` is None), checked by its checksums, and its card."""
-    recipe, corpus, data = _read_config(folder)
+    recipe, origin = run_folder.read_config(folder)
+    data = _read_data(folder, origin)
     checkpoint, state = _find_checkpoint(folder, step)
     model = build_model(esm_config(recipe.model.preset, token_dropout=recipe.model.token_dropout), seed=0)
     weights: dict[str, torch.Tensor] = {}
@@ -81,6 +83,8 @@ def read_run(folder: Path, step: int | None) -> tuple[EsmForMaskedLM, Facts]:
             weights |= load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"The checkpoint {checkpoint} cannot be read ({error}); the run may have gone on.") from None
+    if not weights:
+        raise UserError(f"The checkpoint {checkpoint} was removed in the meantime; the run has newer ones.")
     wanted = dict(model.named_parameters())
     if strange := sorted(weights.keys() ^ wanted.keys()):
         raise UserError(f"{checkpoint} does not fit the model: {strange[0]} is in one of them only.")
@@ -89,7 +93,7 @@ def read_run(folder: Path, step: int | None) -> tuple[EsmForMaskedLM, Facts]:
             parameter.copy_(weights[name])
     progress = state["progress"]
     facts = Facts(
-        name=recipe.hub.push or folder.resolve().name,
+        name=card_name(recipe.replace(run__folder=str(folder))),
         recipe=recipe,
         num_parameters=num_parameters(model.config),
         steps=progress["step"],
@@ -98,31 +102,29 @@ def read_run(folder: Path, step: int | None) -> tuple[EsmForMaskedLM, Facts]:
         numbers=_numbers_at(folder / run_folder.METRICS, progress["step"]),
         machine=state["facts"],
         data=data,
-        data_hash=corpus["train"],
-        is_simulated=corpus.get("is_simulated", False),
-        is_finished=False,
+        data_hash=origin.train,
+        is_simulated=origin.is_simulated,
+        is_finished=progress["step"] == (run_folder.read_summary(folder) or {}).get("steps"),
+        datasets=origin.datasets,
+        start=origin.start,
+        start_sha256=origin.start_sha256,
     )
     return model, facts
 
 
-def _read_config(folder: Path) -> tuple[Recipe, dict[str, Any], Manifest]:
-    try:
-        stored = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
-        corpus = stored.pop("corpus")
-        recipe = run_folder.from_stored(stored)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / run_folder.CONFIG} is not the recipe of a run ({error}).") from None
+def _read_data(folder: Path, origin: run_folder.Origin) -> Manifest:
+    """What the corpus of a run said of itself: the run's copy, or for want of it the corpus's own."""
     copy = folder / run_folder.DATA
-    path = copy if copy.is_file() else Path(corpus["folder"]) / "corpus.json"
+    path = copy if copy.is_file() else Path(origin.folder) / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"What the run in {folder} was trained on is not known any more: {copy} is missing.")
-    return recipe, corpus, manifest_of(path)
+    return manifest_of(path)
 
 
 def _card_of(source: str, folder: Path, model: EsmForMaskedLM) -> tuple[str, dict[str, Path]]:
     """The card of published weights, without its old checksums, and what it shows; of a fair-esm file, a short one."""
     if (folder / CARD).is_file():
-        text = (folder / CARD).read_text(encoding="utf-8").split("\n## Files\n")[0]
+        text = without_checksums((folder / CARD).read_text(encoding="utf-8"))
         return text, {CURVES: folder / CURVES} if (folder / CURVES).is_file() else {}
     front_matter = ModelCardData(
         library_name="transformers", pipeline_tag="fill-mask", tags=["biology", "protein", "esm"]

@@ -9,7 +9,7 @@ from hf_plm.config import Recipe
 from hf_plm.data.corpus import Corpus
 from hf_plm.data.simulate import is_simulated
 from hf_plm.inference.evaluate import Evaluation
-from hf_plm.models.card import CURVES, Facts, model_card
+from hf_plm.models.card import CURVES, Facts, card_name, model_card
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import Progress, write_json
@@ -26,6 +26,7 @@ def finish(
     held_out: Corpus,
     facts: dict[str, Any],
     meter: Meter,
+    origin: run_folder.Origin,
 ) -> None:
     """Write everything that a finished run leaves; summary.json last, because its presence means finished."""
     folder = recipe.run_folder
@@ -50,11 +51,11 @@ def finish(
         **facts,
     }
     simulated = " (simulated proteins)" if summary["is_simulated"] else ""
-    title = f"{folder.name}: the {recipe.model.preset} network on {train.name}{simulated}"
+    title = f"the {recipe.model.preset} network on {train.name}{simulated}"
     curves = folder / run_folder.CURVES
     draw_curves(folder / run_folder.METRICS, curves, title)
     card = Facts(
-        name=recipe.hub.push or folder.resolve().name,
+        name=card_name(recipe),
         recipe=recipe,
         num_parameters=summary["parameters"],
         steps=progress.step,
@@ -66,6 +67,9 @@ def finish(
         data_hash=train.fingerprint,
         is_simulated=summary["is_simulated"],
         has_curves=curves.exists(),
+        datasets=origin.datasets,
+        start=origin.start,
+        start_sha256=origin.start_sha256,
     )
     extras = {CURVES: curves} if curves.exists() else {}
     save_hub_folder(model, folder / run_folder.HUB, model_card(card), extras)

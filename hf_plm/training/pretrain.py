@@ -26,16 +26,17 @@ from hf_plm.models.attention import attention_route
 from hf_plm.models.hub import load_hub_folder
 from hf_plm.models.objective import PackedMaskedLM
 from hf_plm.models.presets import build_model, esm_config, num_parameters, preset_of
-from hf_plm.models.published import find_published, read_published
+from hf_plm.models.published import find_published, identity, read_published
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
-from hf_plm.training.checkpoint import Progress, Saver, newest_whole, restore, sweep
+from hf_plm.training.checkpoint import Progress, Saver, list_checkpoints, newest_whole, restore, sweep
 from hf_plm.training.engine import configure, gather_stock, reshard, set_up
 from hf_plm.training.finish import finish, summary_lines
 from hf_plm.training.guard import check_before_start, check_launch
 from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
-from hf_plm.training.push import BackgroundPushes, check_right_to_push, push_finished
+from hf_plm.training.push import check_right_to_push
+from hf_plm.training.pushes import BackgroundPushes, push_finished
 from hf_plm.training.record import Record, go_back
 from hf_plm.training.runtime import (
     gather,
@@ -95,31 +96,28 @@ def pretrain(recipe: Recipe) -> Result:
             held.enter_context(run_folder.take(recipe.run_folder))
 
         on_main(accelerator, take)
-        if recipe.hub.push and run_folder.finished(recipe.run_folder) is None:
-            on_main(accelerator, lambda: check_right_to_push(recipe.hub, print))
         weights = _find_weights(recipe, accelerator)
         train, held_out = in_turn(
             accelerator, f"corpora of {recipe.run_folder}", partial(open_corpora, recipe, accelerator.is_main_process)
         )
         earlier = on_main(accelerator, lambda: run_folder.stored_recipe(recipe, train, held_out))
-        pushes = None
         if on_main(accelerator, lambda: run_folder.finished(recipe.run_folder)) is None:
-            pushes = _run(recipe, earlier, accelerator, train, held_out, weights)
+            _run(recipe, earlier, accelerator, train, held_out, weights)
+        else:
+            on_main(accelerator, lambda: run_folder.check_card_knobs(recipe))
         summary = on_main(accelerator, lambda: run_folder.finished(recipe.run_folder))
         assert summary is not None
         say(accelerator, summary_lines(summary, recipe.run_folder))
         accelerator.end_training()
         if accelerator.is_main_process:  # the others need not wait for the network
-            if pushes:
-                pushes.drain()
             push_finished((earlier or recipe).replace(run__folder=recipe.run.folder))
     return Result(recipe.run_folder / run_folder.HUB, summary)
 
 
 def _find_weights(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """Where the weights that a new run starts from are on this machine; one that goes on has its own."""
-    name = recipe.init.from_
-    if name is None or on_main(accelerator, lambda: (recipe.run_folder / run_folder.CONFIG).exists()):
+    """Where the weights that a run starts from are on this machine; one that has a checkpoint needs them no more."""
+    name, checkpoints = recipe.init.from_, recipe.run_folder / run_folder.CHECKPOINTS
+    if name is None or on_main(accelerator, lambda: bool(list_checkpoints(checkpoints))):
         return None
     return in_turn(accelerator, f"weights of {recipe.run_folder}", partial(find_published, name))
 
@@ -140,7 +138,8 @@ def _first_model(recipe: Recipe, weights: Path) -> tuple[Recipe, EsmForMaskedLM]
         )
     recipe = recipe.replace(model__preset=preset)
     model = build_model(_config(recipe), recipe.run.seed)
-    model.load_state_dict(published.state_dict())
+    # Without the rotary table, which a file in half precision has rounded; checkpoints do not hold it.
+    model.load_state_dict(dict(published.named_parameters()), strict=False)
     return recipe, model
 
 
@@ -155,15 +154,12 @@ def _run(
     train: Corpus,
     held_out: Corpus,
     weights: Path | None,
-) -> BackgroundPushes | None:
-    """Train to the end and leave everything that a finished run leaves; a new run starts from `weights`, or random.
-
-    Returns pushes that may be under way, on the main process.
-    """
+) -> None:
+    """Train to the end and leave everything that a finished run leaves; it starts from `weights`, or random ones."""
     recipe = earlier or asked
     folder = recipe.run_folder
     set_seed(recipe.run.seed)  # nothing of ours draws from it; it holds what a library might
-    if earlier is None and weights is not None:
+    if weights is not None:
         recipe, model = together(accelerator, partial(_first_model, recipe, weights))
     else:
         model = build_model(_config(recipe), recipe.run.seed)
@@ -174,8 +170,7 @@ def _run(
         recipe = _resolve(recipe, accelerator, module, train, held_out)
     assert recipe.batch.micro_batches is not None
     check_split(recipe, accelerator)  # before anything is written: a refused run has not begun
-    if earlier is None:
-        on_main(accelerator, lambda: run_folder.write_config(recipe, train, held_out))
+    on_main(accelerator, lambda: _begin(recipe, earlier, train, held_out, weights))
     together(accelerator, lambda: run_folder.check_visible(folder))
     rounds = math.ceil(recipe.batch.micro_batches / accelerator.num_processes)
     facts = machine_facts(accelerator)  # before DeepSpeed is told that its own bf16 is not wanted
@@ -213,8 +208,7 @@ def _run(
         steps = steps_from(progress)
         pushes = None
         if recipe.hub.push and accelerator.is_main_process:
-            pushes = BackgroundPushes(recipe.hub, folder, progress.step, meter.say)
-            held.callback(pushes.stop)
+            pushes = held.enter_context(closing(BackgroundPushes(recipe.hub, folder, progress.step, meter.say)))
         parts = Parts(recipe, accelerator, wrapped, model, optimizer, steps, validate, request, saver, record, pushes)
         _announce(parts, facts, meter, train, held_out)
         returns: Counter[int] = Counter()
@@ -232,9 +226,31 @@ def _run(
         final = validate(recipe.validation.final_sequences)
         reshard(wrapped)
         stock = gather_stock(accelerator, model, optimizer.optimizer)
-        on_main(accelerator, lambda: finish(recipe, stock, progress, final, train, held_out, facts, meter))
-        held.pop_all()
-    return pushes
+        origin = on_main(accelerator, lambda: run_folder.read_config(folder)[1])
+        on_main(accelerator, lambda: finish(recipe, stock, progress, final, train, held_out, facts, meter, origin))
+
+
+def _begin(recipe: Recipe, earlier: Recipe | None, train: Corpus, held_out: Corpus, weights: Path | None) -> None:
+    """Write down what the run is made of, and find out whether it may be pushed; on the main process."""
+    folder = recipe.run_folder
+    start_sha256 = identity(weights) if weights else None
+    if recipe.hub.push:
+        check_right_to_push(recipe.hub, print)
+        if recipe.hub.every and recipe.hub.every % (recipe.checkpoint.every or 1):
+            print(f"Checkpoints are {recipe.checkpoint.every} steps apart: pushed is the first after each hub.every.")
+    if earlier is None:
+        run_folder.write_data(folder, train)
+        run_folder.write_config(recipe, run_folder.origin_of(recipe, train, held_out, start_sha256))
+        return
+    origin = run_folder.read_config(folder)[1]
+    if weights and origin.start_sha256 != start_sha256:
+        raise UserError(
+            f"{recipe.init.from_} are not the weights any more that the run in {folder} began from, and it has no "
+            "checkpoint yet; give a new --run.folder."
+        )
+    if recipe.hub.dataset and recipe.hub.dataset not in origin.datasets:
+        origin = replace(origin, datasets=(recipe.hub.dataset, *origin.datasets))
+    run_folder.write_config(recipe, origin)  # with what may change from one start to the next
 
 
 def check_split(recipe: Recipe, accelerator: Accelerator) -> None:

@@ -4,77 +4,103 @@ What is sent is verified before, and compared by checksum with what the Hub has 
 commit and are found there when it is tried again, so a push that failed late goes on where it was.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-from hf_plm.config import Hub, Recipe, UserError
-from hf_plm.data.manifest import is_corpus, read_manifest
+from hf_plm.config import Hub, UserError
+from hf_plm.data.manifest import MANIFEST_NAME, is_corpus, read_manifest
 from hf_plm.models.card import model_card
-from hf_plm.models.hub import CARD, check_card, check_hub_folder, is_hub_folder, save_hub_folder
-from hf_plm.remote import attempt, judge, scrub
+from hf_plm.models.hub import CARD, check_card, check_hub_folder, checksums_in, is_hub_folder, save_hub_folder, sha256
+from hf_plm.remote import attempt, judge
 from hf_plm.training import run_folder
-from hf_plm.training.checkpoint import checkpoint_name, write_json
 from hf_plm.training.export import read_run
 
-LOG, RECORD = "push.log", "pushed.json"
-_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".py")
-"""Files that others could only open by running what is in them, or that are code."""
-_OURS = re.compile(r"(model.*\.safetensors(\.index\.json)?|curves\.png|data/.*\.parquet)")
-"""What an earlier push may have left and a later one replaces; files that people added stay."""
-
-
-@dataclass(frozen=True)
-class Shipment:
-    """What a push sends: `files` by their names in the repository, on disk or in memory."""
-
-    kind: str  # model or dataset
-    files: dict[str, Path | bytes]
-    title: str
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(_size(content) for content in self.files.values())
+_LICENCE_FILES = r"(README|LICEN[SC]E|NOTICE|COPYING|CITATION|AUTHORS)[\w.-]*|[\w.-]+\.(md|png|jpg|jpeg|svg)"
+_MODEL_FILES = re.compile(
+    rf"{_LICENCE_FILES}|\.gitattributes|config\.json|generation_config\.json|[\w.-]+\.safetensors(\.index\.json)?"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|vocab\.txt"
+)
+_LOOKS_LIKE_A_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+_LOCK, _MADE = ".push.lock", ".push-made"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line."""
+    """What was asked for on the command line; without `revision` the branch is main."""
 
     folder: Path
     repository: str
     revision: str | None = None
     is_public: bool = False
 
+    @property
+    def branch(self) -> str:
+        return self.revision or "main"
+
+
+@dataclass
+class Shipment:
+    """What a push sends: `files` by their names in the repository, on disk or in memory."""
+
+    kind: str  # model or dataset
+    files: dict[str, Path | bytes]
+    title: str
+    _hashes: dict[str, str] = field(default_factory=dict)
+
+    def size(self, name: str) -> int:
+        content = self.files[name]
+        return content.stat().st_size if isinstance(content, Path) else len(content)
+
+    def is_at(self, name: str, entry: Any) -> bool:
+        """Whether an entry of the Hub's listing is this file: by sha256 in LFS, elsewhere by git's name of it."""
+        content, lfs = self.files[name], getattr(entry, "lfs", None)
+        if entry is None:
+            return False
+        if lfs is None:
+            data = content.read_bytes() if isinstance(content, Path) else content
+            return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        if name not in self._hashes:
+            is_file = isinstance(content, Path)
+            self._hashes[name] = sha256(content) if is_file else hashlib.sha256(content).hexdigest()  # type: ignore[arg-type]
+        return lfs.sha256 == self._hashes[name]
+
 
 def push(request: Request, say: Callable[[str], None] = print) -> str:
-    """Verify and send; returns the address of the commit. Raises `UserError` where the folder or the Hub forbids it."""
+    """Verify and send; returns the address. Raises `UserError` where the folder or the Hub forbids it."""
+    _check_branch(request)
     with packed(request) as shipment:
         return send(shipment, request, say)
 
 
 def listing(request: Request) -> str:
     """What `push` would send, after the same verification; nothing is asked of the Hub."""
+    _check_branch(request)
     with packed(request) as shipment:
         where = f"{shipment.kind} {request.repository}" + (f", branch {request.revision}" if request.revision else "")
         visibility = "public" if request.is_public else "private"
-        rows = [f"  {_size(content):>15,}  {name}" for name, content in shipment.files.items()]
-        heading = f"Would send {len(rows)} files, {shipment.num_bytes:,} bytes, to the {where} ({visibility} if new):"
+        rows = [f"  {shipment.size(name):>15,}  {name}" for name in shipment.files]
+        num_bytes = sum(map(shipment.size, shipment.files))
+        heading = f"Would send {len(rows)} files, {num_bytes:,} bytes, to the {where} ({visibility} if new):"
         return "\n".join([heading, "", *rows])
+
+
+def _check_branch(request: Request) -> None:
+    branch = request.branch
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", branch) or branch.startswith("refs/") or ".." in branch:
+        raise UserError(f"--revision names a branch, such as step-10000, not {branch!r}.")
+
+
+# What is sent
 
 
 @contextmanager
@@ -95,7 +121,7 @@ def packed(request: Request) -> Iterator[Shipment]:
 def _pack_run(folder: Path, request: Request, held: ExitStack) -> Shipment:
     """The finished model, or where the revision is called step-N, the checkpoint of that step."""
     summary = run_folder.finished(folder)
-    match = re.fullmatch(r"step-(\d+)", request.revision or "")
+    match = re.fullmatch(r"step-(\d+)", request.branch)
     step = int(match.group(1)) if match else None
     if summary is not None and step in (None, summary["steps"]):
         return _pack_model(folder / run_folder.HUB, request.repository, f"{summary['steps']:,} steps")
@@ -103,10 +129,31 @@ def _pack_run(folder: Path, request: Request, held: ExitStack) -> Shipment:
         raise UserError(
             f"The run in {folder} is not finished; push one of its checkpoints with --revision step-N, or finish it."
         )
+    made = held.enter_context(_workplace(folder))
     model, facts = read_run(folder, step)
-    made = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=".push-", dir=folder)))
     save_hub_folder(model, made / "hub", model_card(facts))
+    del model
     return _pack_model(made / "hub", request.repository, f"Step {step:,}")
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A folder inside the run's for what is made of a checkpoint; what a killed push left there goes first."""
+    with run_folder.locked(folder / _LOCK, f"is pushing a checkpoint of {folder} already"):
+        made = folder / _MADE
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed push left in a run folder."""
+    if (folder / _MADE).is_dir():
+        with suppress(UserError), _workplace(folder):
+            pass
 
 
 def _pack_model(folder: Path, repository: str, title: str) -> Shipment:
@@ -114,56 +161,78 @@ def _pack_model(folder: Path, repository: str, title: str) -> Shipment:
     check_card(folder)
     files: dict[str, Path | bytes] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") and path.name != ".gitattributes":
             continue
-        if path.suffix in _UNSAFE or not path.is_file() or path.is_symlink():
+        if not path.is_file() or not _MODEL_FILES.fullmatch(path.name):
             raise UserError(
-                f"{path} does not belong into a Hub folder (files only, safetensors, no code); move it away."
+                f"{path} has no place in a repository of a model (weights in safetensors, configuration, tokenizer, "
+                "card, licence, pictures); move it away."
             )
+        _check_private(path)
         files[path.name] = path
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("auto_map", "_name_or_path"):
+        if config.get(key):
+            raise UserError(f"{folder / 'config.json'} has {key!r}, which points outside of the folder; take it out.")
     text = (folder / CARD).read_text(encoding="utf-8")
     files[CARD] = _renamed(text, repository).encode()
     return Shipment("model", files, title)
 
 
-def _renamed(card: str, repository: str) -> str:
-    """The card with the repository in the place of the name that it was written under."""
-    title = re.search(r"^# (\S+)$", card, re.MULTILINE)
-    if title is None:
-        return card
-    old = re.escape(title.group(1))
-    return re.sub(rf'(?m)(^# |from_pretrained\("|--init\.from ){old}(?=$|"| )', rf"\g<1>{repository}", card)
-
-
 def _pack_corpus(folder: Path) -> Shipment:
     """All files of a corpus, the shards as its manifest has them."""
     manifest = read_manifest(folder)
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            path = folder / shard.file
-            if not path.is_file() or path.stat().st_size != shard.bytes or _sha256(path) != shard.sha256:
-                raise UserError(f"{path} is not the file that corpus.json names; prepare the corpus again.")
-    files: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-    wanted = {shard.file for split in manifest.splits.values() for shard in split.shards}
-    wanted |= {CARD, "corpus.json", "rejected.tsv"}
-    if strange := sorted(files.keys() - wanted):
-        raise UserError(f"{folder / strange[0]} is no part of the corpus; move it away, or it would be published.")
+    shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
+    for name, shard in shards.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != shard.bytes or sha256(path) != shard.sha256:
+            raise UserError(f"{path} is not the file that {MANIFEST_NAME} names; prepare the corpus again.")
+    files: dict[str, Path | bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if name not in {*shards, CARD, MANIFEST_NAME, "rejected.tsv"} and not re.fullmatch(_LICENCE_FILES, name):
+            raise UserError(f"{path} is no part of the corpus; move it away, or it would be published.")
+        if name not in shards:
+            _check_private(path)
+        files[name] = path
     return Shipment("dataset", files, f"{manifest.name}: {manifest.counts.kept:,} sequences")
+
+
+def _check_private(path: Path) -> None:
+    if path.suffix in (".md", ".json", ".txt", ".tsv", ".cff", "") and _LOOKS_LIKE_A_TOKEN.search(path.read_bytes()):
+        raise UserError(f"{path} holds what looks like a token of the Hub (hf_...); nothing was sent.")
+
+
+def _renamed(card: str, repository: str) -> str:
+    """The card with the repository in the place of the name that it was written under."""
+    loaded = re.search(r'from_pretrained\("([^"]+)"', card)
+    if loaded is None:
+        return card
+    old = re.escape(loaded.group(1))
+    card = re.sub(rf'(?m)(^# |from_pretrained\("|--init\.from ){old}(?=$|"| )', rf"\g<1>{repository}", card)
+    short, new = re.escape(loaded.group(1).split("/")[-1]), repository.split("/")[-1]
+    return re.sub(rf"(?m)^(model-index:\n- name: ){short}$", rf"\g<1>{new}", card)
+
+
+# How it is sent
 
 
 def check_right_to_push(knobs: Hub, say: Callable[[str], None]) -> None:
     """Make the repository before the run begins: hours later is late to hear that the token may not.
 
-    Raises `UserError` where it may not; a Hub that cannot be reached now is said, and may be there by then.
+    Raises `UserError` where it may not, or where the Hub does not know the licence; a Hub that cannot be reached now is
+    said, and may be there by then.
     """
-    what = f"the model {knobs.push}"
+    assert knobs.push is not None
+    what, api = f"the model {knobs.push}", HfApi()
     _require_token(what)
     try:
-        HfApi().create_repo(str(knobs.push), private=not knobs.public, exist_ok=True)
+        if knobs.license:
+            ModelCard(f"---\nlicense: {json.dumps(knobs.license)}\n---\n").validate(repo_type="model")
+        api.create_repo(knobs.push, private=not knobs.public, exist_ok=True)
+        api.auth_check(knobs.push, write=True)
     except Exception as error:
         fault = judge(error, what)
         if fault is None:
@@ -179,196 +248,134 @@ def _require_token(what: str) -> None:
 
 
 def send(shipment: Shipment, request: Request, say: Callable[[str], None] = print) -> str:
-    """One commit with all files, on a repository that is made if need be; every step may be tried again."""
-    what = f"the {shipment.kind} {request.repository}"
+    """One commit with all files, on a repository that is made if need be; returns the address."""
+    what, api = f"the {shipment.kind} {request.repository}", HfApi()
     _require_token(what)
-    api = HfApi()
-    # Made once: they know what of them the Hub has already.
-    additions = [CommitOperationAdd(name, _content(content)) for name, content in shipment.files.items()]
 
     def work() -> str:
         try:
-            return _commit(api, shipment, additions, request, say)
-        except (ConnectionError, HfHubHTTPError) as error:
-            if "xet" not in str(error).lower() or constants.HF_HUB_DISABLE_XET:
+            return _commit(api, shipment, request, say)
+        except (ConnectionError, HfHubHTTPError, RuntimeError) as error:
+            is_of_xet = re.search(r"xet|data processing error", str(error), re.IGNORECASE)
+            if not is_of_xet or constants.HF_HUB_DISABLE_XET:
                 raise
             # The client takes no other way by itself, and tells this fault by its words only.
             say("Sending through Xet, the Hub's store for large files, failed; going on without it.")
             constants.HF_HUB_DISABLE_XET = True
-            return _commit(api, shipment, additions, request, say)
+            return _commit(api, shipment, request, say)
 
-    return attempt(what, work, say)
+    commit = attempt(what, work, say)
+    if missing := attempt(what, lambda: _differing(api, shipment, request, commit), say):
+        raise UserError(f"{missing[0]} is not on the Hub as it was sent to {request.repository}; push again.")
+    place = "datasets/" if shipment.kind == "dataset" else ""
+    return f"{api.endpoint}/{place}{request.repository}/tree/{request.branch}"
 
 
-def _commit(
-    api: HfApi,
-    shipment: Shipment,
-    additions: list[CommitOperationAdd],
-    request: Request,
-    say: Callable[[str], None],
-) -> str:
-    repository, kind, branch = request.repository, shipment.kind, request.revision or "main"
+def _commit(api: HfApi, shipment: Shipment, request: Request, say: Callable[[str], None]) -> str:
+    """The commit that has the files: a new one on top of the branch, or its head where that has them all."""
+    repository, kind, branch = request.repository, shipment.kind, request.branch
     api.create_repo(repository, repo_type=kind, private=not request.is_public, exist_ok=True)
-    if request.revision:
-        api.create_branch(repository, branch=branch, repo_type=kind, exist_ok=True)
-    there = api.repo_info(repository, repo_type=kind, revision=branch)
+    there = api.repo_info(repository, repo_type=kind)
     if request.is_public and there.private:
         say(f"{repository} is there already and private, and stays so; its settings on the Hub change that.")
-    names = api.list_repo_files(repository, repo_type=kind, revision=there.sha)
-    stale = [name for name in names if _OURS.fullmatch(name) and name not in shipment.files]
-    commit = api.create_commit(
-        repository,
-        [*additions, *(CommitOperationDelete(name) for name in stale)],
-        commit_message=shipment.title,
-        repo_type=kind,
-        revision=branch,
-        parent_commit=there.sha,
-    )
-    _compare(api, shipment, request, commit.oid)
-    return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repository}/tree/{branch}"
+    head = _head(api, repository, kind, branch)
+    stale: list[str] = []
+    if head is not None:
+        stale = _prepare_to_replace(api, shipment, request, head, say)
+        if not stale and not _differing(api, shipment, request, head):
+            return head
+    is_new_branch = head is None
+    if head is None:
+        # Large files first, so that the branch is there no longer than a moment without its files.
+        api.preupload_lfs_files(repository, _additions(shipment), repo_type=kind, revision="main")
+        # From the empty beginning, not from main: until the commit is there, it must not pass for another model.
+        head = api.list_repo_commits(repository, repo_type=kind)[-1].commit_id
+        api.create_branch(repository, branch=branch, repo_type=kind, revision=head, exist_ok=True)
+    try:
+        commit = api.create_commit(
+            repository,
+            [*_additions(shipment), *(CommitOperationDelete(name) for name in stale)],
+            commit_message=shipment.title,
+            repo_type=kind,
+            revision=branch,
+            parent_commit=head,
+        )
+    except Exception:
+        if is_new_branch:
+            with suppress(Exception):
+                api.delete_branch(repository, branch=branch, repo_type=kind)
+        raise
+    return commit.oid
 
 
-def _content(content: Path | bytes) -> str | bytes:
-    return str(content) if isinstance(content, Path) else content
+def _additions(shipment: Shipment) -> list[CommitOperationAdd]:
+    """Made anew for each call: they remember what the repository held when they were last looked at."""
+    return [
+        CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
+        for name, content in shipment.files.items()
+    ]
 
 
-def _compare(api: HfApi, shipment: Shipment, request: Request, commit: str) -> None:
-    """Raises `UserError` unless the Hub has, in that commit, what was sent."""
+def _head(api: HfApi, repository: str, kind: str, branch: str) -> str | None:
+    try:
+        return api.repo_info(repository, repo_type=kind, revision=branch).sha
+    except RevisionNotFoundError:
+        return None
+
+
+def _differing(api: HfApi, shipment: Shipment, request: Request, commit: str) -> list[str]:
+    """Names of files that a commit does not have as they are sent."""
     names = list(shipment.files)
     found: dict[str, Any] = {}
     for begin in range(0, len(names), 500):
-        paths = names[begin : begin + 500]
-        for entry in api.get_paths_info(request.repository, paths, revision=commit, repo_type=shipment.kind):
+        part = names[begin : begin + 500]
+        for entry in api.get_paths_info(request.repository, part, revision=commit, repo_type=shipment.kind):
             found[entry.path] = entry
-    for name, content in shipment.files.items():
-        known = found.get(name)
-        lfs, blob = getattr(known, "lfs", None), getattr(known, "blob_id", None)
-        is_same = lfs.sha256 == _sha256(content) if lfs else blob == _git_blob(content)
-        if known is None or not is_same:
-            raise UserError(f"{name} is not on the Hub as it was sent to {request.repository}; push again.")
+    return [name for name in names if not shipment.is_at(name, found.get(name))]
 
 
-def _size(content: Path | bytes) -> int:
-    return content.stat().st_size if isinstance(content, Path) else len(content)
+def _prepare_to_replace(
+    api: HfApi, shipment: Shipment, request: Request, head: str, say: Callable[[str], None]
+) -> list[str]:
+    """Files of an earlier push that this one no longer has; and the licence that was set on the Hub is kept."""
+    listed = set(api.list_repo_files(request.repository, repo_type=shipment.kind, revision=head))
+
+    def text_of(name: str) -> str:
+        if name not in listed:
+            return ""
+        path = api.hf_hub_download(request.repository, name, repo_type=shipment.kind, revision=head)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    card = text_of(CARD)
+    ours = shipment.files[CARD]
+    mine = ours.read_bytes() if isinstance(ours, Path) else ours
+    if (licensed := _with_licence_of(card, mine.decode())) is not None:
+        shipment.files[CARD] = licensed.encode()
+    elif card and not checksums_in(card) and shipment.kind == "model":
+        say(f"The card of {request.repository} is replaced; its history on the Hub keeps the old one.")
+    earlier = set(checksums_in(card)) if shipment.kind == "model" else _shards_in(text_of(MANIFEST_NAME))
+    stale = sorted((earlier & listed) - shipment.files.keys())
+    if stale:
+        more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
+        say(f"Removing what an earlier push left: {', '.join(stale[:3])}{more}.")
+    return stale
 
 
-def _sha256(content: Path | bytes) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with open(content, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _git_blob(content: Path | bytes) -> str:
-    """Git's name of a file, which the Hub gives for those that are not in LFS."""
-    data = content.read_bytes() if isinstance(content, Path) else content
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-class BackgroundPushes:
-    """Pushes checkpoints of a run while it trains, each by `hf-plm push` in a process of the lowest priority.
-
-    Nothing of it can stop or slow the run. A push that fails is said, and tried again along with the next one. The
-    checkpoints of `held` are not to be removed. Used by the main process alone.
-    """
-
-    MOST_WAITING = 3
-
-    def __init__(self, knobs: Hub, folder: Path, step: int, say: Callable[[str], None]) -> None:
-        assert knobs.push is not None
-        self.knobs, self.folder, self.say = knobs, folder, say
-        self.last_offered = step
-        self._waiting: list[int] = []
-        self._failed: list[int] = []
-        self._running: tuple[int, subprocess.Popen[bytes]] | None = None
-
-    @property
-    def held(self) -> set[str]:
-        """Names of checkpoints that a push has yet to read."""
-        running = [self._running[0]] if self._running else []
-        return {checkpoint_name(step) for step in [*self._waiting, *self._failed, *running]}
-
-    def offer(self, step: int) -> None:
-        """A checkpoint of `step` is whole: the first one at or after each multiple of hub.every is pushed."""
-        every = self.knobs.every
-        if every is not None and step // every > self.last_offered // every:
-            self._waiting = (self._failed + self._waiting + [step])[-self.MOST_WAITING :]
-            self._failed = []
-        self.last_offered = step
-        self.poll()
-
-    def poll(self) -> None:
-        """Say how the push under way ended, if it has, and begin the next one."""
-        if self._running is not None:
-            step, process = self._running
-            if process.poll() is None:
-                return
-            self._running = None
-            if process.returncode:
-                self._failed.append(step)
-                self.say(f"Step {step:,} was not pushed: {self._last_words()} The next push tries it again.")
-            else:
-                self.say(f"Pushed step {step:,} to {self.knobs.push}, branch step-{step}.")
-        if self._waiting:
-            step = self._waiting.pop(0)
-            self._running = step, self._start(step)
-
-    def drain(self) -> None:
-        """Wait for what is under way, and try what waits or failed once more."""
-        self._waiting, self._failed = self._failed + self._waiting, []
-        self.poll()
-        while self._running is not None:
-            self.say(f"Waiting for the push of step {self._running[0]:,} ...")
-            self._running[1].wait()
-            self.poll()
-
-    def stop(self) -> None:
-        """End what is under way; its commit is whole or absent."""
-        if self._running is not None:
-            self._running[1].terminate()
-            self._running[1].wait()
-            self._running = None
-
-    def _start(self, step: int) -> subprocess.Popen[bytes]:
-        assert self.knobs.push is not None
-        words = ["push", str(self.folder), self.knobs.push, "--revision", f"step-{step}"]
-        command = [sys.executable, "-m", "hf_plm.cli", *words, *(["--public"] if self.knobs.public else [])]
-        # A process of its own, not a member of the launch that this one belongs to.
-        mine = re.compile(r"(RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC|ACCELERATE_|FSDP_|PMI|OMPI)")
-        variables = {name: value for name, value in os.environ.items() if not mine.match(name)}
-        variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        with open(self.folder / LOG, "ab") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=variables, start_new_session=True
-            )
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(process.pid).nice(19 if os.name == "posix" else 64)  # 64: Windows' idle class
-        return process
-
-    def _last_words(self) -> str:
-        lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return scrub(lines[-1].removeprefix("hf-plm: ")) if lines else "it said nothing."
-
-
-def push_finished(recipe: Recipe, say: Callable[[str], None] = print) -> None:
-    """Push the finished model of a run where its recipe asks for it, unless it was pushed there already.
-
-    Raises `UserError` with the command that does it later; the run is finished all the same.
-    """
-    repository, folder = recipe.hub.push, recipe.run_folder
-    if repository is None or _is_pushed(folder, repository):
-        return
+def _shards_in(manifest: str) -> set[str]:
     try:
-        address = push(Request(folder, repository, is_public=recipe.hub.public), say)
-    except UserError as error:
-        raise UserError(
-            f"The run is finished and its model is in {folder / run_folder.HUB}, but it was not pushed: {error} "
-            f"Later: hf-plm push {folder} {repository}{' --public' * recipe.hub.public}"
-        ) from None
-    write_json(folder / RECORD, {"repository": repository, "address": address})
-    say(f"Pushed the model: {address}")
+        splits = json.loads(manifest)["splits"].values()
+        return {shard["file"] for split in splits for shard in split["shards"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
-def _is_pushed(folder: Path, repository: str) -> bool:
-    path = folder / RECORD
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("repository") == repository
+def _with_licence_of(card: str, mine: str) -> str | None:
+    """My card with the licence that the one on the Hub names, where mine names none; None where nothing changes."""
+    pattern = r"(?m)\A---\n(?:.*\n)*?license: *([\w.-]+) *\n(?:.*\n)*?---"
+    theirs, own = re.match(pattern, card), re.match(pattern, mine)
+    if theirs is None or theirs.group(1) == "unknown" or (own is not None and own.group(1) != "unknown"):
+        return None
+    line = f"license: {theirs.group(1)}\n"
+    if own is not None:
+        return mine.replace("license: unknown\n", line, 1)
+    return re.sub(r"\nNo licence was chosen;.*\n", "", mine.replace("---\n", f"---\n{line}", 1))

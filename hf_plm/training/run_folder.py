@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,8 @@ import yaml
 from hf_plm.config import KNOBS, Recipe, UserError
 from hf_plm.data.corpus import Corpus
 from hf_plm.data.simulate import is_simulated
+from hf_plm.data.sources import is_hub_name
+from hf_plm.remote import split_revision
 from hf_plm.training.checkpoint import write_text
 
 CONFIG, DATA, SUMMARY, METRICS, CHECKPOINTS, HUB, CURVES = (
@@ -31,6 +34,23 @@ _MAY_BE_THERE = re.compile(r"^\.|\.(log|out|err)$")
 _COMPARED_BY_CONTENT = ("data.train", "data.validation")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run was made of, written beside its recipe when it began: later, paths and names may mean something else.
+
+    `folder` is the corpus, `train` and `validation` its fingerprints, `datasets` those of its sources that are on the
+    Hub. `start` names published weights without a path, `start_sha256` is that of their files.
+    """
+
+    folder: str
+    train: str
+    validation: str
+    is_simulated: bool = False
+    datasets: tuple[str, ...] = ()
+    start: str | None = None
+    start_sha256: str | None = None
+
+
 def is_run(folder: Path) -> bool:
     """Whether the folder is that of a run, finished or not."""
     return (folder / CONFIG).is_file()
@@ -44,27 +64,9 @@ def take(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
     except OSError as error:
-        raise UserError(
-            f"The run folder {folder} cannot be written ({error.strerror}); give another one with --run.folder."
-        ) from None
-    try:
-        _lock(lock)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            print(
-                f"{folder} cannot be locked ({error.strerror}): take care that no other run writes there.", flush=True
-            )
-        else:
-            lock.seek(0)
-            raise UserError(
-                f"Process {lock.read().strip() or 'unknown'} runs in {folder} already; wait for it or stop it, "
-                "or give another --run.folder."
-            ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} of {platform.node()}\n")
-    lock.flush()
+        raise _unwritable(folder, error) from None
+    lock = locked(folder / ".lock", f"runs in {folder} already", ", or give another --run.folder")
     if not (folder / CONFIG).exists():
         foreign = [path.name for path in folder.iterdir() if not _MAY_BE_THERE.search(path.name)]
         if foreign:
@@ -73,6 +75,33 @@ def take(folder: Path) -> IO[str]:
                 "give an empty or a new one with --run.folder."
             )
     return lock
+
+
+def locked(path: Path, doing: str, otherwise: str = "") -> IO[str]:
+    """A file held by this process while it is open. Where another has it, a `UserError` says who is `doing` what."""
+    try:
+        lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as it is held)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+    try:
+        _lock(lock)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            lock.close()
+            raise UserError(f"Process {holder} {doing}; wait for it or stop it{otherwise}.") from None
+        print(f"{path} cannot be locked ({error.strerror}): take care that no other process writes there.", flush=True)
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} of {platform.node()}\n")
+    lock.flush()
+    return lock
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"The run folder {folder} cannot be written ({error.strerror}); give another one with --run.folder."
+    )
 
 
 def _lock(file: IO[str]) -> None:
@@ -98,12 +127,10 @@ def stored_recipe(recipe: Recipe, train: Corpus, held_out: Corpus) -> Recipe | N
     if not (folder / CONFIG).exists():
         return None
     try:
-        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        corpus = stored.pop("corpus")
-        fingerprints = {"data.train": corpus["train"], "data.validation": corpus["validation"]}
-        resolved = from_stored(stored)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG} is not the recipe of a run ({error}); give another --run.folder.") from None
+        resolved, origin = read_config(folder)
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}; give another --run.folder.") from None
+    fingerprints = {"data.train": origin.train, "data.validation": origin.validation}
     for name, split in (("data.train", train), ("data.validation", held_out)):
         if fingerprints[name] != split.fingerprint:
             raise UserError(
@@ -111,6 +138,18 @@ def stored_recipe(recipe: Recipe, train: Corpus, held_out: Corpus) -> Recipe | N
                 "give the same data, or a new --run.folder."
             )
     return _merge(recipe, resolved, folder)
+
+
+def read_config(folder: Path) -> tuple[Recipe, Origin]:
+    """The resolved recipe of a run and what it was made of; raises `UserError` where config.yaml is none."""
+    try:
+        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        known = stored.pop("corpus")
+        origin = Origin(**{**known, "datasets": tuple(known.get("datasets", ()))})
+        return from_stored(stored), origin
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder / CONFIG} is not the recipe of a run ({reason}).") from None
 
 
 def stored_precision(folder: Path) -> str:
@@ -168,16 +207,44 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def write_config(recipe: Recipe, train: Corpus, held_out: Corpus) -> None:
-    """config.yaml, the resolved recipe and which corpus it ran on; data.json, what that corpus said of itself."""
-    corpus: dict[str, Any] = {
-        "folder": str(train.folder.resolve()),
-        "train": train.fingerprint,
-        "validation": held_out.fingerprint,
-    }
-    corpus["is_simulated"] = is_simulated(train)
-    write_text(recipe.run_folder / DATA, train.manifest.to_json())
-    write_text(recipe.run_folder / CONFIG, recipe.to_yaml() + yaml.safe_dump({"corpus": corpus}, sort_keys=False))
+def origin_of(recipe: Recipe, train: Corpus, held_out: Corpus, start_sha256: str | None) -> Origin:
+    """What a run that begins now is made of."""
+    on_hub = tuple(split_revision(name)[0] for name in recipe.data.train if is_hub_name(name))
+    named = (recipe.hub.dataset,) if recipe.hub.dataset else ()
+    start = recipe.init.from_
+    if start is not None and Path(start).expanduser().exists():
+        start = re.split(r"[/\\]", start.rstrip("/\\"))[-1]
+    return Origin(
+        folder=str(train.folder.resolve()),
+        train=train.fingerprint,
+        validation=held_out.fingerprint,
+        is_simulated=is_simulated(train),
+        datasets=named + on_hub,
+        start=start,
+        start_sha256=start_sha256,
+    )
+
+
+def write_config(recipe: Recipe, origin: Origin) -> None:
+    """config.yaml: the resolved recipe, and what it ran on."""
+    known = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(origin).items()}
+    write_text(recipe.run_folder / CONFIG, recipe.to_yaml() + yaml.safe_dump({"corpus": known}, sort_keys=False))
+
+
+def check_card_knobs(recipe: Recipe) -> None:
+    """Raises `UserError` where a finished run is asked for another card: it is written once, and the author's then."""
+    stored = read_config(recipe.run_folder)[0]
+    for name in ("hub.license", "hub.dataset"):
+        if recipe[name] not in (None, stored[name]):
+            raise UserError(
+                f"The run in {recipe.run_folder} is finished, and {name} went into its model card then; "
+                f"edit {recipe.run_folder / HUB / 'README.md'} and push again, without --{name}."
+            )
+
+
+def write_data(folder: Path, train: Corpus) -> None:
+    """data.json: what the corpus said of itself, which the model card repeats."""
+    write_text(folder / DATA, train.manifest.to_json())
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

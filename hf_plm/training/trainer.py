@@ -25,7 +25,7 @@ from hf_plm.inference.evaluate import Evaluation
 from hf_plm.training.checkpoint import Progress, Saver, step_of
 from hf_plm.training.engine import reshard
 from hf_plm.training.meter import PLAN_AFTER_STEPS, Meter
-from hf_plm.training.push import BackgroundPushes
+from hf_plm.training.pushes import BackgroundPushes
 from hf_plm.training.record import Record
 from hf_plm.training.runtime import StopRequest, on_main, sum_over_processes, together
 from hf_plm.training.schedule import rate_factor

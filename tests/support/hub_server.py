@@ -43,6 +43,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 OWNER = "tester"
+LICENCES = ["apache-2.0", "mit", "cc-by-4.0", "cc0-1.0", "unknown", "other"]
 # The Hub's default .gitattributes names these and more; larger files go to LFS whatever they are called.
 LFS_SUFFIXES = (".safetensors", ".parquet", ".pt", ".onnx", ".bin")
 LFS_FROM_BYTES = 1_000_000
@@ -219,6 +220,20 @@ def whoami(call: Call) -> Answer:
         raise RefusalError(401, "Invalid username or password.")
     token = {"type": "access_token", "accessToken": {"displayName": "test", "role": call.may}}
     return json_answer({"type": "user", "id": "1", "name": OWNER, "fullname": OWNER, "orgs": [], "auth": token})
+
+
+def validate_yaml(call: Call) -> Answer:
+    """Of the front matter only the licence is looked at."""
+    found = re.search(r"(?m)^license: *(.*)$", call.json["content"])
+    licence = found.group(1).strip("\"' ") if found else "unknown"
+    if licence in LICENCES:
+        return json_answer({"errors": [], "warnings": []})
+    return json_answer({"error": f'Invalid metadata in README.md. "license" must be one of {LICENCES}'}, 400)
+
+
+def auth_check(call: Call) -> Answer:
+    call.repository("write" if call.parts.get("write") else "read")
+    return json_answer({})
 
 
 def wants_private(payload: dict[str, Any], otherwise: bool) -> bool:
@@ -508,7 +523,8 @@ API = r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)"
 GIT = r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)"
 CALLS: list[tuple[str, str, Callable[[Call], Answer]]] = [
     ("GET", "/api/whoami-v2", whoami),
-    ("POST", "/api/validate-yaml", lambda call: json_answer({"errors": [], "warnings": []})),
+    ("POST", "/api/validate-yaml", validate_yaml),
+    ("GET", API + "/auth-check(?P<write>/write)?", auth_check),
     ("POST", "/api/repos/create", create_repo),
     ("DELETE", "/api/repos/delete", delete_repo),
     ("PUT", API + "/settings", change_settings),
@@ -735,7 +751,10 @@ class HubServer:
 
     def commit_by_somebody_else(self, repo_type: str, repo_id: str) -> Commit:
         repository = self.repositories[repo_type, repo_id]
-        files = {**repository.branches["main"].files, "notes.txt": b"somebody else was here\n"}
+        note = b"somebody else was here\n"
+        files = {**repository.branches["main"].files, "notes.txt": note}
+        if "vocab.txt" in files:
+            files["vocab.txt"] = note
         return repository.add_commit("main", files, "A commit by somebody else")
 
 
