@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import HfApi
 
 from hf_plm.config import UserError
 from hf_plm.data import heldout, shards
@@ -317,7 +318,7 @@ def test_sources_that_are_wrong(tmp_path: Path) -> None:
 
 
 def test_a_data_set_that_the_hub_does_not_give_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> list[str]:
+    def refuse(name: str, revision: str | None) -> list[str]:
         raise ConnectionError("no route to the Hub")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
@@ -351,12 +352,17 @@ def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path / "out")
 
 
-def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_streamed_at_its_revision(hub: HubServer, tmp_path: Path) -> None:
     sequences = proteins(50)
     stored = datasets.Dataset.from_dict({"seq": sequences, "n": [0] * 50})
-    # Only the network is replaced: what `load_dataset(..., streaming=True)` returns is this class.
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: stored.to_iterable_dataset())
-    manifest = prepare("user/name", tmp_path / "out")
-    assert (manifest.sources[0].format, manifest.sources[0].name, manifest.counts.kept) == ("hub", "user/name", 50)
+    stored.push_to_hub("tester/plain", private=True)
+    api = HfApi()
+    api.create_tag("tester/plain", tag="v1", repo_type="dataset")
+    datasets.Dataset.from_dict({"seq": ["MKV"], "n": [0]}).push_to_hub("tester/plain")
+    manifest = prepare("tester/plain@v1", tmp_path / "out")
+    assert (manifest.sources[0].format, manifest.sources[0].name, manifest.counts.kept) == (
+        "hub",
+        "tester/plain@v1",
+        50,
+    )
     assert sorted(split_of(tmp_path / "out", "train") + split_of(tmp_path / "out", "validation")) == sorted(sequences)
