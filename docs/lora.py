@@ -20,12 +20,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer, EsmForSequenceClassification, EsmForTokenClassification
+from transformers.utils import logging
 
 MAX_RESIDUES = 1022  # longer proteins are cut here, as in ESM-2's own training
 UNKNOWN = -100  # a label that is passed over
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Every weight of the base is frozen. Beside each query, key and value matrix comes a product of two thin ones, which
 # starts at zero; these and the classifier are trained. Ranks from 4 do as well (Sledzieski et al. 2024, PNAS 121).
+logging.set_verbosity_error()  # of the classifier, which is new and said to be
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value"], modules_to_save=["classifier"])
 
 

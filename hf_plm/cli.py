@@ -163,8 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("source", help="a run, a Hub folder, a repository on the Hub, or a fair-esm .pt of ESM-2")
     export.add_argument("--format", choices=("hub", "fair-esm", "onnx"), default="hub", help="form to write (hub)")
-    export.add_argument("--step", type=int, help="of a run: the checkpoint of this step (default: the finished model)")
-    export.add_argument("--out", type=Path, help="folder to write, or .pt file (default: in RUN/exports)")
+    export.add_argument(
+        "--step", type=int, help="of a run: the checkpoint of this step (default: the finished model, or the newest)"
+    )
+    export.add_argument("--out", type=Path, help="folder to write, or esm2_NAME.pt file (default: in RUN/exports)")
     export.set_defaults(run=_export)
 
     simulate = commands.add_parser(
@@ -295,7 +297,11 @@ def _push(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     if parsed.dry_run:
         print(listing(request))
     else:
-        print(f"Pushed: {push(request)}")
+        try:
+            print(f"Pushed: {push(request)}")
+        except KeyboardInterrupt:
+            print("Interrupted: the commit is on the Hub whole, or not at all; the same command finishes it.")
+            raise
 
 
 def _export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -72,7 +72,7 @@ def attempt(
             if not fault.is_temporary or number == attempts or pause > LONGEST_WAIT:
                 tries = f" (tried {number} times)" if number > 1 else ""
                 raise UserError(f"{fault.sentence}{tries}") from None  # the cause may quote what was sent
-            say(f"{fault.sentence} Trying again in {pause:.0f} s.")
+            say(f"{fault.sentence} Trying again{f' in {pause:.0f} s' if pause >= 0.5 else ''}.")
             time.sleep(pause)
             wait *= 2
     raise AssertionError
@@ -84,14 +84,18 @@ def judge(error: Exception, what: str) -> Fault | None:
         # So the client wraps a failed upload.
         return judge(error.__cause__, what)
     if _is_offline(error):
-        return Fault(f"{what} was not reached, because HF_HUB_OFFLINE is set; unset it, or name a folder on this disk.")
+        return Fault(
+            f"{_capital(what)} was not reached, because HF_HUB_OFFLINE is set; unset it, or name a folder on this disk."
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
-        return Fault(f"{what} is no name of a repository: {scrub(error)}")
+        return Fault(f"{_capital(what)} is no name of a repository: {scrub(error)}")
     if isinstance(error, GatedRepoError):
-        return Fault(f"{what} is gated: ask for access on its page on the Hub, with the account of your token.")
+        return Fault(
+            f"{_capital(what)} is gated: ask for access on its page on the Hub, with the account of your token."
+        )
     if isinstance(error, RevisionNotFoundError):
-        return Fault(f"{what} has no such revision; its page on the Hub lists branches and tags.")
+        return Fault(f"{_capital(what)} has no such revision; its page on the Hub lists branches and tags.")
     if isinstance(error, RepositoryNotFoundError):
         return Fault(
             f"The Hub has not got {what}, or it is private and not for this token; check the name, or log in with "
@@ -101,7 +105,7 @@ def judge(error: Exception, what: str) -> Fault | None:
         given = "does not accept the token it was given" if get_token() else "wants a token and there is none"
         return Fault(f"The Hub {given} for {what}; log in with `hf auth login`, or set HF_TOKEN.")
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return Fault(f"{what} lacks a file that is needed: {scrub(error)}")
+        return Fault(f"{_capital(what)} lacks a file that is needed: {scrub(error)}")
     if isinstance(error, HfHubHTTPError):
         return _judge_status(error, status, what)
     if isinstance(error, LocalEntryNotFoundError) or _is_of_the_connection(error):
@@ -113,8 +117,12 @@ def judge(error: Exception, what: str) -> Fault | None:
     if isinstance(error, ValueError) and re.search("metadata|licen[sc]e", str(error), re.IGNORECASE):
         return Fault(f"The Hub does not take the card of {what}: {scrub(error)[:300]}")
     if isinstance(error, OSError) and error.errno is not None:
-        return Fault(f"{what}: {error.strerror} ({error.filename}); the client keeps its files in HF_HOME.")
+        return Fault(f"{_capital(what)}: {error.strerror} ({error.filename}); the client keeps its files in HF_HOME.")
     return None
+
+
+def _capital(what: str) -> str:
+    return what[:1].upper() + what[1:]
 
 
 def _is_offline(error: BaseException | None) -> bool:
@@ -143,7 +151,7 @@ def _judge_status(error: HfHubHTTPError, status: int | None, what: str) -> Fault
 
 def _server_says(error: HfHubHTTPError) -> str:
     message = scrub(error.server_message or "").strip()
-    return f"It says: {message[:200].rstrip('.')}." if message else ""
+    return f"It says: {message[:200].rstrip('.! ')}." if message else ""
 
 
 def _retry_after(error: HfHubHTTPError) -> float | None:

@@ -58,7 +58,17 @@ def test_front_matter_is_what_the_hub_reads(facts):
 
 def test_the_text_has_what_a_stranger_asks(facts):
     card = model_card(facts)
-    wanted = ["814,386", "2,457,600", "300", "0123abcd", "2.5012", "2.7201", "not measured", "torch 2.13.0", "1.5 |"]
+    wanted = [
+        "814,386",
+        "2,457,600",
+        "300",
+        "0123abcd",
+        "2.5012",
+        "2.7201",
+        "not measured",
+        "torch 2.13.0",
+        "| hours | 1.5 |",
+    ]
     wanted += ["4 x NVIDIA H200", "DDP, bf16", "+0.2189 (+0.2000 to +0.2300)", "## Intended use", "## Limits", "cite"]
     wanted += ['AutoModelForMaskedLM.from_pretrained("somebody/plm")', "--init.from somebody/plm ", "records read"]
     assert [text for text in wanted if text not in card] == []
@@ -77,7 +87,7 @@ def test_the_recipe_in_it_is_a_recipe(facts):
 
 def test_nothing_is_left_unsaid(facts):
     card = model_card(facts)
-    for note in ("not natural", "middle of the run", "not been shown to have learned", "No licence"):
+    for note in ("not natural", "middle of the run", "not been shown to have learned", "No licence was chosen"):
         assert note not in card
     unlearned = {**NUMBERS, "margin_unigram_masked": [0.01, -0.02, 0.03]}
     changes = {

@@ -103,8 +103,10 @@ def test_there_and_back_through_fair_esm(run, tmp_path):
 
 def test_onnx_of_a_checkpoint(run):
     pytest.importorskip("onnxruntime")
-    (folder,) = export(str(run), "onnx", step=2)
-    assert {path.name for path in folder.iterdir()} >= {"model.onnx", "config.json", "vocab.txt"}
+    files = export(str(run), "onnx", step=2)
+    assert {path.name for path in files} >= {"model.onnx", "config.json", "vocab.txt"}
+    with pytest.raises(UserError, match=r"--out names a folder for ONNX"):
+        export(str(run), "onnx", run / "model.onnx")
 
 
 def test_a_hub_folder_keeps_its_card(hub, run, tmp_path):

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub import HfApi
+from support.hub_server import HubServer
 
 from hf_plm.config import UserError
 from hf_plm.data import heldout, shards
@@ -68,7 +69,7 @@ def test_the_folder_is_complete_and_says_what_it_holds(tmp_path: Path) -> None:
     assert "mine: 3,000 records read, 3,000 kept" in text
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
-    for expected in ("license: unknown", "1K<n<10K", "path: data/validation-*", "since relatives may be in train"):
+    for expected in ("license: unknown", "1K<n<10K", "path: data/validation-*", "so relatives of it may be in train"):
         assert expected in card
     assert str(tmp_path) not in card + (folder / "corpus.json").read_text(encoding="utf-8")
 

@@ -26,6 +26,7 @@ from hf_plm.config import UserError
 from hf_plm.data.prepare import ensure_prepared
 from hf_plm.models.hub import without_checksums
 from hf_plm.training import run_folder
+from hf_plm.training.export import export
 from hf_plm.training.push import Request, listing, push
 from hf_plm.training.pushes import BackgroundPushes, push_finished
 
@@ -108,6 +109,8 @@ def test_a_checkpoint_goes_to_a_branch_of_its_own(hub, run):
     assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
     card = hub.files(REPO, revision="step-2")["README.md"].decode()
     assert "middle of the run, after step 2" in card
+    assert f'AutoModelForMaskedLM.from_pretrained("{REPO}", revision="step-2")' in card
+    assert f"--init.from {REPO}@step-2 " in card
     assert not list(run.glob(".push-*"))
     with pytest.raises(UserError, match=r"no checkpoint of step 3; there are 2, 4 "):
         pushed(run, REPO, "step-3")
@@ -132,6 +135,43 @@ def test_the_same_again_is_no_commit(hub, run):
     pushed(run, REPO)
     assert hub.commits(REPO) == commits
     assert len([call for call in hub.requests if call[0] == "PUT"]) == sent
+
+
+def test_a_step_has_one_branch_however_it_is_written(hub, run):
+    for written in ("step-2", "step2", "step-00000002"):
+        pushed(run, REPO, written)
+    assert {branch.name for branch in HfApi().list_repo_refs(REPO).branches} == {"main", "step-2"}
+    assert len(hub.commits(REPO, revision="step-2")) == 2
+
+
+def test_a_licence_written_into_the_card_reaches_all_branches(hub, run):
+    card = run / "hub" / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+    pushed(run, REPO)
+    pushed(run, REPO, "step-2")
+    for branch in ("main", "step-2"):
+        there = ModelCard(hub.files(REPO, revision=branch)["README.md"].decode())
+        assert there.data.license == "mit"
+        assert "No licence was chosen" not in there.text
+
+
+def test_a_card_edited_on_the_hub_is_said_to_be_replaced(hub, run):
+    pushed(run, REPO)
+    HfApi().upload_file(path_or_fileobj=b"# mine\n", path_in_repo="README.md", repo_id=REPO, commit_message="web edit")
+    assert pushed(run, REPO)[0].startswith("The card on the Hub was changed there (web edit); yours replaces it")
+    change(run)
+    assert pushed(run, REPO) == []
+
+
+def test_a_folder_that_others_saved_is_told_what_it_lacks(hub, run, tmp_path):
+    AutoModelForMaskedLM.from_pretrained(run / "hub").save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"has no tokenizer; hf-plm export .*saved --out NEW_FOLDER writes a whole one"):
+        pushed(tmp_path / "saved", REPO)
+    export(str(tmp_path / "saved"), "hub", tmp_path / "whole")
+    pushed(tmp_path / "whole", REPO)
+    AutoTokenizer.from_pretrained(run / "hub").save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"has no model card \(README.md\)"):
+        pushed(tmp_path / "saved", REPO)
 
 
 @pytest.mark.parametrize("branch", ["refs/pr/1", "-x", "a b", "../main", ""])
@@ -173,7 +213,7 @@ def test_a_licence_set_on_the_hub_stays(hub, run):
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert (card.data.license, card.data.library_name) == ("cc0-1.0", "transformers")
     assert "No licence was chosen" not in card.text
-    assert said == []
+    assert len(said) == 1
     card = run / "hub" / "README.md"
     card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
     pushed(run, REPO)

@@ -134,7 +134,7 @@ def manifest_of(path: Path) -> Manifest:
 
 
 SPLIT_KINDS = {
-    "random": "validation is `random` (held out by a hash), since relatives may be in train",
+    "random": "validation is `random`: held out by a hash, so relatives of it may be in train",
     "cluster": "validation is `cluster`: whole clusters are held out",
     "given": "validation is `given`; its exact duplicates were taken out of train",
 }
@@ -234,5 +234,5 @@ where the source has one, `cluster`. Sequences are upper case: the 20 standard a
 ```
 {chr(10) + "## Warnings" + chr(10) + chr(10) + warnings if warnings else ""}
 Everything that was dropped is listed in `rejected.tsv`; `corpus.json` has checksums, options and counts.
-The licence is that of the sources; state it above before you publish.
+The licence is that of the sources.
 """

@@ -18,12 +18,13 @@ CURVES = "curves.png"
 _TAGS = ["biology", "protein", "protein-language-model", "masked-language-modeling", "esm", "hf_plm"]
 _METRICS = (
     ("validation_loss", "loss", "Loss of all targets (nats per target)"),
-    ("context_free_loss", "context_free_loss", "The same of a predictor without context (nats per target)"),
+    ("context_free_loss", "context_free_loss", "Loss of all targets, of a predictor without context (nats per target)"),
     ("validation_loss_masked", "masked_loss", "Loss of masked targets (nats per target)"),
-    ("unigram_entropy", "unigram_entropy", "The same of a predictor without context (nats per target)"),
+    ("unigram_entropy", "unigram_entropy", "Loss of masked targets, of a predictor without context (nats per target)"),
     ("validation_perplexity", "perplexity", "Perplexity of all targets"),
     ("validation_recovery", "recovery", "Share of targets recovered"),
 )
+NO_LICENCE = "No licence was chosen for this model yet: it may be read, and nothing more is granted."
 _MARGINS = ("margin_context_free", "margin_unigram_masked")
 
 
@@ -61,12 +62,9 @@ def card_name(recipe: Recipe) -> str:
 def model_card(facts: Facts) -> str:
     """The README.md of a Hub folder; `save_hub_folder` adds the checksums of its files."""
     recipe, manifest = facts.recipe, facts.data
-    start = facts.start
     size = f"size `{recipe.model.preset}`, {facts.num_parameters:,} parameters"
     curves = f"\n![loss, learning rate and speed over the tokens seen]({CURVES})\n" if facts.has_curves else ""
-    licence = (
-        "" if recipe.hub.license else "\nNo licence was chosen; until `license:` is set above, nothing is granted.\n"
-    )
+    licence = "" if recipe.hub.license else f"\n{NO_LICENCE}\n"
     return f"""---
 {_front_matter(facts)}
 ---
@@ -83,7 +81,9 @@ model = AutoModelForMaskedLM.from_pretrained("{facts.name}")
 tokenizer = AutoTokenizer.from_pretrained("{facts.name}")
 ```
 
-`AutoModel` gives its embeddings; `EsmForTokenClassification` and `EsmForSequenceClassification` start from it.
+`pipeline("fill-mask", "{facts.name}")` proposes residues for `<mask>`. `AutoModel` gives a vector for each token; leave
+out `<cls>` and `<eos>`, the first and the last, before you average them. `EsmForTokenClassification` and
+`EsmForSequenceClassification` start from it.
 
 ## Intended use
 
@@ -91,16 +91,23 @@ Embeddings of proteins like those it was trained on, a starting point for predic
 likelihoods of residues in their context. It saw what is in its training data and nothing else; its likelihoods measure
 neither function, stability nor safety, and are no basis for a medical decision.
 
+## Limits
+
+- It was trained on windows of at most {recipe.data.crop:,} tokens: of longer proteins it has seen parts.
+- Proteins unlike its training data are scored worse, and what is common there is scored better.
+- {_contacts(facts.start)}
+- Sequences are upper-case letters, one per residue; `J` is written `X`. Gaps and chain breaks mean nothing to it.
+{licence}
 ## What it learned
 
 Losses on held-out sequences, in nats per target. A predictor without any context reaches the baseline; a model that has
-learned from context is under it.
+learned from context is under it; a negative difference is worse than no context.
 
 {_losses(facts)}
 {curves}
 ## Data
 
-`{manifest.name}`, hash `{facts.data_hash}`; {SPLIT_KINDS.get(manifest.split_kind, manifest.split_kind)}.
+{_data_name(facts)}, hash `{facts.data_hash}`; {SPLIT_KINDS.get(manifest.split_kind, manifest.split_kind)}.
 {_warnings(manifest)}
 ```
 {report(manifest)}
@@ -125,15 +132,9 @@ hf-plm pretrain RECIPE --init.from {facts.name} --data.train FILE --run.folder F
 
 The run itself goes on from its checkpoints, with the command that started it; they are not in this repository.
 
-## Limits
-
-Trained on windows of at most {recipe.data.crop:,} tokens: of longer proteins it has seen parts. {_contacts(start)}
-Sequences are upper-case letters, one per residue; `J` is written `X`. Gaps and chain breaks mean nothing to it.
-Proteins unlike its training data are scored worse, and what is common there is scored better.
-{licence}
 ## How to cite
 
-Cite this model by its name, its revision and the hash of its data; hf_plm, which trained it; and ESM-2, its
+Cite this model by its name, its revision and the hash of its data; hf_plm, the program that trained it; and ESM-2, its
 architecture: Lin et al. 2023, *Evolutionary-scale prediction of atomic-level protein structure with a language model*,
 Science 379:1123.
 """
@@ -187,8 +188,13 @@ def _front_matter(facts: Facts) -> str:
     ).to_yaml()
 
 
+def _data_name(facts: Facts) -> str:
+    on_hub = ", ".join(f"`{name}`" for name in facts.datasets)
+    return f"`{facts.data.name}`" + (f" ({on_hub} on the Hub)" if on_hub else "")
+
+
 def _losses(facts: Facts) -> str:
-    rows = ["| | model | without context | under it by (95% interval) |", "|---|---|---|---|"]
+    rows = ["| | model | without context | better by (95% interval) |", "|---|---|---|---|"]
     for label, loss, baseline, margin in (
         ("all targets", "validation_loss", "context_free_loss", _MARGINS[0]),
         ("`<mask>` inputs only", "validation_loss_masked", "unigram_entropy", _MARGINS[1]),
@@ -214,8 +220,8 @@ def _training(facts: Facts) -> str:
     rows = {
         "steps": f"{facts.steps:,}",
         "tokens": f"{facts.tokens:,}",
-        "hours": f"{facts.seconds / 3600:.3g}",
-        "tokens of a step": f"{facts.recipe.batch.micro_batches} x {facts.recipe.batch.tokens:,}",
+        "tokens of a step": f"{facts.recipe.batch.micro_batches} micro-batches of {facts.recipe.batch.tokens:,}",
+        "hours": f"{facts.seconds / 3600:.3g}" if facts.seconds > 360 else f"{facts.seconds:.0f} seconds",
         "hardware": f"{processes} x {machine.get('device', 'unknown')}",
         "engine": f"{machine.get('engine', 'unknown')}, {machine.get('precision', 'unknown')}",
         "software": ", ".join(f"{name} {machine[name]}" for name in versions if name in machine),

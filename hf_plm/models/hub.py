@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import ModelCard, save_torch_state_dict
+from huggingface_hub.utils import logging
 from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmConfig, EsmForMaskedLM
 from transformers.utils import logging as transformers_logging
@@ -124,7 +125,8 @@ def load_hub_folder(path: str | Path) -> tuple[EsmForMaskedLM, ProteinTokenizer]
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
     if faults:
-        raise UserError(f"{path} does not fit its config.json: {faults}.")
+        hint = " It was saved without the language-model head." if faults.startswith("missing weights: lm_head") else ""
+        raise UserError(f"{path} does not fit its config.json: {faults}.{hint}")
     if not isinstance(model, EsmForMaskedLM):
         raise UserError(f"{path} holds a {type(model).__name__}, but an EsmForMaskedLM (ESM-2) was expected.")
     return model, tokenizer
@@ -144,9 +146,6 @@ def check_hub_folder(folder: str | Path) -> None:
     with torch.no_grad():
         if not model(**ProteinTokenizer()(PROBE, return_tensors="pt")).logits.isfinite().all():
             raise UserError(f"{folder} gives logits that are not numbers; it is not passed on.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if tokenizer(PROBE)["input_ids"] != ProteinTokenizer()(PROBE)["input_ids"]:
-        raise UserError(f"The tokenizer of {folder} gives other ids than ESM-2's.")
     text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     for name, expected in checksums_in(text).items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
@@ -165,8 +164,17 @@ def _not_ours(folder: Path) -> str:
     return next((path.name for path in sorted(folder.iterdir()) if path.name not in saved), "")
 
 
-def check_card(folder: Path) -> None:
-    """Raises `UserError` unless the folder has a model card with front matter that can be read."""
+def check_for_others(folder: Path) -> None:
+    """Raises `UserError` unless the folder has what others need: a tokenizer, and a card with front matter."""
+    remedy = f"hf-plm export {folder} --out NEW_FOLDER writes a whole one"
+    if not (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer; {remedy}.")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer(PROBE)["input_ids"] != ProteinTokenizer()(PROBE)["input_ids"]:
+        raise UserError(f"The tokenizer of {folder} gives other ids than ESM-2's.")
+    if not (folder / CARD).is_file():
+        raise UserError(f"{folder} has no model card ({CARD}); {remedy}.")
+    logging.set_verbosity_error()  # of a card without front matter, which is told below
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
         front_matter = ModelCard(text).data.to_dict()

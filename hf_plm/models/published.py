@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import EsmForMaskedLM
 
 from hf_plm.config import UserError
-from hf_plm.models.hub import load_hub_folder, sha256
+from hf_plm.models.hub import is_hub_folder, load_hub_folder, sha256
 from hf_plm.models.presets import esm_config, preset_of
 from hf_plm.remote import download, is_repository
 
@@ -38,11 +38,16 @@ _SAME = (
 def find_published(name: str) -> Path:
     """The folder or file of a name; what is on the Hub is downloaded, once. Raises `UserError` where there is none."""
     path = Path(name).expanduser()
+    if not name or "://" in name:
+        raise UserError(f"Weights are a folder, a .pt file or a repository such as user/model, not {name!r}.")
     if path.exists():
-        return path
+        return path / "hub" if is_hub_folder(path / "hub") and not is_hub_folder(path) else path
     if name.endswith(".pt") or not is_repository(name):
         raise UserError(f"There are no weights {name}: neither a file, a folder, nor a repository such as user/model.")
-    return download(name, "model", FILES)
+    try:
+        return download(name, "model", FILES)
+    except UserError as error:
+        raise UserError(f"{name} is no file or folder here, and: {error}") from None
 
 
 def identity(path: Path) -> str:

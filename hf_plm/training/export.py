@@ -43,6 +43,8 @@ def export(source: str, kind: str = "hub", out: Path | None = None, step: int | 
         raise UserError(f"Say where to write: hf-plm export {source} --format {kind} --out PATH.")
     if is_run and (step is not None or run_folder.finished(path) is None):
         model, facts = read_run(path, step)
+        if step is None:
+            print(f"The run in {source} is not finished; this is its newest checkpoint, of step {facts.steps:,}.")
         card, name = model_card(facts), f"{path.resolve().name}-step-{facts.steps}"
     else:
         folder = path / run_folder.HUB if is_run else find_published(source)
@@ -54,13 +56,15 @@ def export(source: str, kind: str = "hub", out: Path | None = None, step: int | 
     out = out or path / EXPORTS / _default_name(kind, name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name another place with --out, or move it away.")
+    if kind == "onnx" and out.suffix == ".onnx":
+        raise UserError(f"--out names a folder for ONNX, where model.onnx will lie, not {out}.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "hub":
         return sorted(save_hub_folder(model, out, card, extras).iterdir())
     if kind == "onnx":
         from hf_plm.models.onnx import write_onnx
 
-        return [write_onnx(model, out)]
+        return sorted(write_onnx(model, out).iterdir())
     from hf_plm.models.fair_esm import write_fair_esm
 
     return write_fair_esm(model, out)

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from hf_plm.config import Hub, UserError
 from hf_plm.data.manifest import MANIFEST_NAME, is_corpus, read_manifest
-from hf_plm.models.card import model_card
-from hf_plm.models.hub import CARD, check_card, check_hub_folder, checksums_in, is_hub_folder, save_hub_folder, sha256
-from hf_plm.remote import attempt, judge
+from hf_plm.models.card import NO_LICENCE, model_card
+from hf_plm.models.hub import (
+    CARD,
+    check_for_others,
+    check_hub_folder,
+    checksums_in,
+    is_hub_folder,
+    save_hub_folder,
+    sha256,
+)
+from hf_plm.remote import attempt, judge, scrub
 from hf_plm.training import run_folder
 from hf_plm.training.export import read_run
 
@@ -31,6 +39,7 @@ _MODEL_FILES = re.compile(
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|vocab\.txt"
 )
 _LOOKS_LIKE_A_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+_OUR_TITLE = re.compile(r"^([\d,]+ steps|Step [\d,]+|Push .*|.*: [\d,]+ sequences|initial commit)$")
 _LOCK, _MADE = ".push.lock", ".push-made"
 
 
@@ -77,14 +86,14 @@ class Shipment:
 
 def push(request: Request, say: Callable[[str], None] = print) -> str:
     """Verify and send; returns the address. Raises `UserError` where the folder or the Hub forbids it."""
-    _check_branch(request)
+    request = _with_branch(request)
     with packed(request) as shipment:
         return send(shipment, request, say)
 
 
 def listing(request: Request) -> str:
     """What `push` would send, after the same verification; nothing is asked of the Hub."""
-    _check_branch(request)
+    request = _with_branch(request)
     with packed(request) as shipment:
         where = f"{shipment.kind} {request.repository}" + (f", branch {request.revision}" if request.revision else "")
         visibility = "public" if request.is_public else "private"
@@ -94,10 +103,14 @@ def listing(request: Request) -> str:
         return "\n".join([heading, "", *rows])
 
 
-def _check_branch(request: Request) -> None:
+def _with_branch(request: Request) -> Request:
+    """The request with its branch as it is called on the Hub: of a checkpoint step-N, however N was written."""
     branch = request.branch
+    if run_folder.is_run(request.folder) and (step := re.fullmatch(r"step[-_ ]?0*(\d+)", branch)):
+        return replace(request, revision=f"step-{step.group(1)}")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", branch) or branch.startswith("refs/") or ".." in branch:
         raise UserError(f"--revision names a branch, such as step-10000, not {branch!r}.")
+    return request
 
 
 # What is sent
@@ -113,9 +126,10 @@ def packed(request: Request) -> Iterator[Shipment]:
         elif is_corpus(folder):
             yield _pack_corpus(folder)
         elif is_hub_folder(folder):
-            yield _pack_model(folder, request.repository, f"Push {folder.resolve().name}")
+            yield _pack_model(folder, request, f"Push {folder.resolve().name}")
         else:
-            raise UserError(f"{folder} is neither a run, a Hub folder nor a prepared corpus; nothing was sent.")
+            hint = f" (hf-plm prepare {folder} --out FOLDER makes a corpus)" if folder.is_file() else ""
+            raise UserError(f"{folder} is neither a run, a Hub folder nor a prepared corpus{hint}; nothing was sent.")
 
 
 def _pack_run(folder: Path, request: Request, held: ExitStack) -> Shipment:
@@ -124,16 +138,20 @@ def _pack_run(folder: Path, request: Request, held: ExitStack) -> Shipment:
     match = re.fullmatch(r"step-(\d+)", request.branch)
     step = int(match.group(1)) if match else None
     if summary is not None and step in (None, summary["steps"]):
-        return _pack_model(folder / run_folder.HUB, request.repository, f"{summary['steps']:,} steps")
+        return _pack_model(folder / run_folder.HUB, request, f"{summary['steps']:,} steps")
     if step is None:
         raise UserError(
             f"The run in {folder} is not finished; push one of its checkpoints with --revision step-N, or finish it."
         )
     made = held.enter_context(_workplace(folder))
     model, facts = read_run(folder, step)
+    finished_card = folder / run_folder.HUB / CARD
+    if facts.recipe.hub.license is None and finished_card.is_file():  # set there by hand
+        licence = _licence_in(finished_card.read_text(encoding="utf-8"))
+        facts = replace(facts, recipe=facts.recipe.replace(hub__license=licence))
     save_hub_folder(model, made / "hub", model_card(facts))
     del model
-    return _pack_model(made / "hub", request.repository, f"Step {step:,}")
+    return _pack_model(made / "hub", request, f"Step {step:,}")
 
 
 @contextmanager
@@ -156,9 +174,9 @@ def sweep(folder: Path) -> None:
             pass
 
 
-def _pack_model(folder: Path, repository: str, title: str) -> Shipment:
+def _pack_model(folder: Path, request: Request, title: str) -> Shipment:
     check_hub_folder(folder)
-    check_card(folder)
+    check_for_others(folder)
     files: dict[str, Path | bytes] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") and path.name != ".gitattributes":
@@ -175,7 +193,7 @@ def _pack_model(folder: Path, repository: str, title: str) -> Shipment:
         if config.get(key):
             raise UserError(f"{folder / 'config.json'} has {key!r}, which points outside of the folder; take it out.")
     text = (folder / CARD).read_text(encoding="utf-8")
-    files[CARD] = _renamed(text, repository).encode()
+    files[CARD] = _as_published(text, request).encode()
     return Shipment("model", files, title)
 
 
@@ -205,15 +223,27 @@ def _check_private(path: Path) -> None:
         raise UserError(f"{path} holds what looks like a token of the Hub (hf_...); nothing was sent.")
 
 
-def _renamed(card: str, repository: str) -> str:
-    """The card with the repository in the place of the name that it was written under."""
+def _as_published(card: str, request: Request) -> str:
+    """The card with repository and revision in the place of the name that it was written under."""
+    if _licence_in(card):
+        card = card.replace(f"\n{NO_LICENCE}\n", "")
     loaded = re.search(r'from_pretrained\("([^"]+)"', card)
     if loaded is None:
         return card
-    old = re.escape(loaded.group(1))
-    card = re.sub(rf'(?m)(^# |from_pretrained\("|--init\.from ){old}(?=$|"| )', rf"\g<1>{repository}", card)
-    short, new = re.escape(loaded.group(1).split("/")[-1]), repository.split("/")[-1]
-    return re.sub(rf"(?m)^(model-index:\n- name: ){short}$", rf"\g<1>{new}", card)
+    old, new = re.escape(loaded.group(1)), request.repository
+    card = re.sub(rf'(?m)(^# |pipeline\("fill-mask", "){old}(?=$|")', rf"\g<1>{new}", card)
+    quoted = f'"{new}"' + (f', revision="{request.revision}"' if request.revision else "")
+    card = re.sub(rf'from_pretrained\("{old}"', f"from_pretrained({quoted}", card)
+    named = new + (f"@{request.revision}" if request.revision else "")
+    card = re.sub(rf"--init\.from {old}(?= )", f"--init.from {named}", card)
+    short = re.escape(loaded.group(1).split("/")[-1])
+    return re.sub(rf"(?m)^(model-index:\n- name: ){short}$", rf"\g<1>{new.split('/')[-1]}", card)
+
+
+def _licence_in(card: str) -> str | None:
+    """The licence that the front matter names, or None; `unknown` is none."""
+    found = re.match(r"---\n(?:(?!---).*\n)*?license: *[\"']?([\w.-]+)[\"']? *\n", card)
+    return None if found is None or found.group(1) == "unknown" else found.group(1)
 
 
 # How it is sent
@@ -283,6 +313,7 @@ def _commit(api: HfApi, shipment: Shipment, request: Request, say: Callable[[str
     if head is not None:
         stale = _prepare_to_replace(api, shipment, request, head, say)
         if not stale and not _differing(api, shipment, request, head):
+            say(f"{repository} has all of it already.")
             return head
     is_new_branch = head is None
     if head is None:
@@ -351,8 +382,11 @@ def _prepare_to_replace(
     mine = ours.read_bytes() if isinstance(ours, Path) else ours
     if (licensed := _with_licence_of(card, mine.decode())) is not None:
         shipment.files[CARD] = licensed.encode()
-    elif card and not checksums_in(card) and shipment.kind == "model":
-        say(f"The card of {request.repository} is replaced; its history on the Hub keeps the old one.")
+    if card:
+        (entry,) = api.get_paths_info(request.repository, [CARD], revision=head, repo_type=shipment.kind, expand=True)
+        title = getattr(getattr(entry, "last_commit", None), "title", "")
+        if title and not _OUR_TITLE.search(title):
+            say(f"The card on the Hub was changed there ({scrub(title)}); yours replaces it, and its history keeps it.")
     earlier = set(checksums_in(card)) if shipment.kind == "model" else _shards_in(text_of(MANIFEST_NAME))
     stale = sorted((earlier & listed) - shipment.files.keys())
     if stale:
@@ -371,11 +405,10 @@ def _shards_in(manifest: str) -> set[str]:
 
 def _with_licence_of(card: str, mine: str) -> str | None:
     """My card with the licence that the one on the Hub names, where mine names none; None where nothing changes."""
-    pattern = r"(?m)\A---\n(?:.*\n)*?license: *([\w.-]+) *\n(?:.*\n)*?---"
-    theirs, own = re.match(pattern, card), re.match(pattern, mine)
-    if theirs is None or theirs.group(1) == "unknown" or (own is not None and own.group(1) != "unknown"):
+    licence = _licence_in(card)
+    if licence is None or _licence_in(mine) is not None:
         return None
-    line = f"license: {theirs.group(1)}\n"
-    if own is not None:
+    line = f"license: {licence}\n"
+    if "\nlicense: unknown\n" in mine:
         return mine.replace("license: unknown\n", line, 1)
-    return re.sub(r"\nNo licence was chosen;.*\n", "", mine.replace("---\n", f"---\n{line}", 1))
+    return mine.replace("---\n", f"---\n{line}", 1).replace(f"\n{NO_LICENCE}\n", "")
