@@ -140,15 +140,6 @@ def push_finished(recipe: Recipe, say: Callable[[str], None] = print) -> None:
         return
     record = _read_record(folder, repository)
     failures = []
-    pending = list(record.get("pending", []))
-    for step in list(pending):
-        try:
-            push(Request(folder, repository, f"step-{step}", recipe.hub.public), say)
-            say(f"Pushed step {step:,} to {repository}, branch step-{step}.")
-            pending.remove(step)
-        except UserError as error:
-            failures.append(f"step {step:,} was not pushed ({str(error).rstrip('.')})")
-        _write_record(folder, repository, pending=pending)
     if record.get("address") is None:
         try:
             address = push(Request(folder, repository, is_public=recipe.hub.public), say)
@@ -156,10 +147,20 @@ def push_finished(recipe: Recipe, say: Callable[[str], None] = print) -> None:
             say(f"Pushed the model: {address}")
         except UserError as error:
             failures.append(f"its model was not pushed ({str(error).rstrip('.')})")
+    pending = list(record.get("pending", []))
+    for step in list(pending) if not failures else []:  # what the model met, they would meet again
+        try:
+            push(Request(folder, repository, f"step-{step}", recipe.hub.public), say)
+            say(f"Pushed step {step:,} to {repository}, branch step-{step}.")
+            pending.remove(step)
+            _write_record(folder, repository, pending=pending)
+        except UserError as error:
+            failures.append(f"step {step:,} was not pushed ({str(error).rstrip('.')})")
     if failures:
+        waiting = f", and step {', '.join(map(str, pending))} waits" if pending else ""
         raise UserError(
-            f"The run is finished and its model is in {folder / run_folder.HUB}, but {', and '.join(failures)}; "
-            f"run the same command again, or hf-plm push {folder} {repository}{' --public' * recipe.hub.public}."
+            f"The run is finished and its model is in {folder / run_folder.HUB}, but "
+            f"{', and '.join(failures)}{waiting}; run the same command again, or hf-plm push {folder} {repository}{' --public' * recipe.hub.public}."
         )
 
 
