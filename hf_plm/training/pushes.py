@@ -158,9 +158,10 @@ def push_finished(recipe: Recipe, say: Callable[[str], None] = print) -> None:
             failures.append(f"step {step:,} was not pushed ({str(error).rstrip('.')})")
     if failures:
         waiting = f", and step {', '.join(map(str, pending))} waits" if pending else ""
+        public = " --public" if recipe.hub.public else ""
         raise UserError(
-            f"The run is finished and its model is in {folder / run_folder.HUB}, but "
-            f"{', and '.join(failures)}{waiting}; run the same command again, or hf-plm push {folder} {repository}{' --public' * recipe.hub.public}."
+            f"The run is finished and its model is in {folder / run_folder.HUB}, but {', and '.join(failures)}"
+            f"{waiting}; run the same command again, or hf-plm push {folder} {repository}{public}."
         )
 
 
