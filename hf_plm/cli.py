@@ -289,7 +289,8 @@ def _inspect(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _push(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     from hf_plm.remote import is_repository
-    from hf_plm.training.push import Request, listing, push
+    from hf_plm.training.push import listing, push
+    from hf_plm.training.shipment import Request
 
     if not is_repository(parsed.repository) or "@" in parsed.repository:
         raise UserError(f"A repository is user/name, such as user/my-plm, not {parsed.repository!r}.")

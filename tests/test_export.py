@@ -17,7 +17,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from hf_plm.cli import main
 from hf_plm.config import UserError
 from hf_plm.training.export import export
-from hf_plm.training.push import Request, push
+from hf_plm.training.push import push
+from hf_plm.training.shipment import Request
 
 SEQUENCE = "MKTVRQERLKSIV<mask>ILERSKEPVSGAQL"
 

@@ -14,7 +14,8 @@ from hf_plm.config import UserError
 from hf_plm.models.hub import load_hub_folder, save_hub_folder
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.models.published import find_published, read_published
-from hf_plm.training.push import Request, push
+from hf_plm.training.push import push
+from hf_plm.training.shipment import Request
 
 # The client's own way of giving httpx a file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

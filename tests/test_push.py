@@ -27,8 +27,9 @@ from hf_plm.data.prepare import ensure_prepared
 from hf_plm.models.hub import without_checksums
 from hf_plm.training import run_folder
 from hf_plm.training.export import export
-from hf_plm.training.push import Request, listing, push
+from hf_plm.training.push import listing, push
 from hf_plm.training.pushes import BackgroundPushes, push_finished
+from hf_plm.training.shipment import Request
 
 REPO, DATA = "tester/plm", "tester/families"
 # The client's own way of giving httpx a file.

@@ -8,8 +8,8 @@ from accelerate import DistributedType
 
 from hf_plm.config import Recipe, Schedule, UserError
 from hf_plm.recipe import load_recipe
-from hf_plm.training.pretrain import check_split
 from hf_plm.training.schedule import MAX_BATCH_TOKENS, rate_factor, resolve
+from hf_plm.training.start import check_split
 
 STEPS = Schedule(steps=1000, warmup=100)
 CORPUS = {"corpus_tokens": 10**12, "mean_tokens": 300.0}

@@ -11,38 +11,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import EsmConfig, EsmForMaskedLM
+from transformers import EsmForMaskedLM
 
 from hf_plm.config import Recipe, UserError
-from hf_plm.data.corpus import Corpus, open_corpus
-from hf_plm.data.loader import Steps, count_tokens, share_of, validation_micro_batches, validation_windows
+from hf_plm.data.corpus import Corpus
+from hf_plm.data.loader import Steps, share_of, validation_micro_batches, validation_windows
 from hf_plm.data.pack import Packing, Windows
-from hf_plm.data.prepare import ensure_prepared
 from hf_plm.data.simulate import is_simulated
 from hf_plm.inference.evaluate import Evaluation, evaluation, predict
 from hf_plm.models.attention import attention_route
 from hf_plm.models.hub import load_hub_folder
 from hf_plm.models.objective import PackedMaskedLM
-from hf_plm.models.presets import build_model, esm_config, num_parameters, preset_of
-from hf_plm.models.published import find_published, identity, read_published
+from hf_plm.models.presets import build_model, esm_config, num_parameters
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
-from hf_plm.training.checkpoint import Progress, Saver, list_checkpoints, newest_whole, restore, sweep
+from hf_plm.training.checkpoint import Progress, Saver, newest_whole, restore, sweep
 from hf_plm.training.engine import configure, gather_stock, reshard, set_up
 from hf_plm.training.finish import finish, summary_lines
 from hf_plm.training.guard import check_before_start, check_launch
 from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
-from hf_plm.training.push import check_right_to_push
 from hf_plm.training.pushes import BackgroundPushes, push_finished
 from hf_plm.training.record import Record, go_back
 from hf_plm.training.runtime import (
     gather,
     in_turn,
     machine_facts,
-    measure_speed,
     on_main,
     say,
     start_accelerator,
@@ -50,8 +46,17 @@ from hf_plm.training.runtime import (
     together,
     told_of_lost_processes,
 )
-from hf_plm.training.schedule import resolve
 from hf_plm.training.spikes import MAX_IN_A_ROW
+from hf_plm.training.start import (
+    begin,
+    check_split,
+    config_of,
+    find_weights,
+    first_model,
+    open_corpora,
+    recompute_activations,
+    resolve_on,
+)
 from hf_plm.training.trainer import Parts, SpikeError, run_steps, settle
 
 
@@ -96,7 +101,7 @@ def pretrain(recipe: Recipe) -> Result:
             held.enter_context(run_folder.take(recipe.run_folder))
 
         on_main(accelerator, take)
-        weights = _find_weights(recipe, accelerator)
+        weights = find_weights(recipe, accelerator)
         train, held_out = in_turn(
             accelerator, f"corpora of {recipe.run_folder}", partial(open_corpora, recipe, accelerator.is_main_process)
         )
@@ -114,39 +119,6 @@ def pretrain(recipe: Recipe) -> Result:
     return Result(recipe.run_folder / run_folder.HUB, summary)
 
 
-def _find_weights(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """Where the weights that a run starts from are on this machine; one that has a checkpoint needs them no more."""
-    name, checkpoints = recipe.init.from_, recipe.run_folder / run_folder.CHECKPOINTS
-    if name is None or on_main(accelerator, lambda: bool(list_checkpoints(checkpoints))):
-        return None
-    return in_turn(accelerator, f"weights of {recipe.run_folder}", partial(find_published, name))
-
-
-def _first_model(recipe: Recipe, weights: Path) -> tuple[Recipe, EsmForMaskedLM]:
-    """The network with published weights, and the recipe with its size."""
-    published = read_published(weights)
-    preset = preset_of(published.config)
-    if recipe.model.preset not in ("auto", preset):
-        raise UserError(
-            f"{recipe.init.from_} is a network of size {preset}, and model.preset says {recipe.model.preset}; "
-            "leave --model.preset out."
-        )
-    if published.config.token_dropout != recipe.model.token_dropout:
-        raise UserError(
-            f"{recipe.init.from_} was trained with token dropout {'on' if published.config.token_dropout else 'off'}; "
-            f"give --model.token_dropout {str(published.config.token_dropout).lower()}."
-        )
-    recipe = recipe.replace(model__preset=preset)
-    model = build_model(_config(recipe), recipe.run.seed)
-    # Without the rotary table, which a file in half precision has rounded; checkpoints do not hold it.
-    model.load_state_dict(dict(published.named_parameters()), strict=False)
-    return recipe, model
-
-
-def _config(recipe: Recipe) -> EsmConfig:
-    return esm_config(recipe.model.preset, token_dropout=recipe.model.token_dropout)
-
-
 def _run(
     asked: Recipe,
     earlier: Recipe | None,
@@ -160,17 +132,17 @@ def _run(
     folder = recipe.run_folder
     set_seed(recipe.run.seed)  # nothing of ours draws from it; it holds what a library might
     if weights is not None:
-        recipe, model = together(accelerator, partial(_first_model, recipe, weights))
+        recipe, model = together(accelerator, partial(first_model, recipe, weights))
     else:
-        model = build_model(_config(recipe), recipe.run.seed)
+        model = build_model(config_of(recipe), recipe.run.seed)
     if recipe.model.activation_checkpointing:
-        _recompute_activations(model)
+        recompute_activations(model)
     module = PackedMaskedLM(model.to(accelerator.device))
     if earlier is None:
-        recipe = _resolve(recipe, accelerator, module, train, held_out)
+        recipe = resolve_on(recipe, accelerator, module, train, held_out)
     assert recipe.batch.micro_batches is not None
     check_split(recipe, accelerator)  # before anything is written: a refused run has not begun
-    on_main(accelerator, lambda: _begin(recipe, earlier, train, held_out, weights))
+    on_main(accelerator, lambda: begin(recipe, earlier, train, held_out, weights))
     together(accelerator, lambda: run_folder.check_visible(folder))
     rounds = math.ceil(recipe.batch.micro_batches / accelerator.num_processes)
     facts = machine_facts(accelerator)  # before DeepSpeed is told that its own bf16 is not wanted
@@ -228,115 +200,6 @@ def _run(
         stock = gather_stock(accelerator, model, optimizer.optimizer)
         origin = on_main(accelerator, lambda: run_folder.read_config(folder)[1])
         on_main(accelerator, lambda: finish(recipe, stock, progress, final, train, held_out, facts, meter, origin))
-
-
-def _begin(recipe: Recipe, earlier: Recipe | None, train: Corpus, held_out: Corpus, weights: Path | None) -> None:
-    """Write down what the run is made of, and find out whether it may be pushed; on the main process."""
-    folder = recipe.run_folder
-    start_sha256 = identity(weights) if weights else None
-    if recipe.hub.push:
-        check_right_to_push(recipe.hub, print)
-        if recipe.hub.every and recipe.hub.every % (recipe.checkpoint.every or 1):
-            print(f"Checkpoints are {recipe.checkpoint.every} steps apart: pushed is the first after each hub.every.")
-    if earlier is None:
-        run_folder.write_data(folder, train)
-        run_folder.write_config(recipe, run_folder.origin_of(recipe, train, held_out, start_sha256))
-        return
-    origin = run_folder.read_config(folder)[1]
-    if weights and origin.start_sha256 != start_sha256:
-        raise UserError(
-            f"{recipe.init.from_} are not the weights any more that the run in {folder} began from, and it has no "
-            "checkpoint yet; give a new --run.folder."
-        )
-    if recipe.hub.dataset and recipe.hub.dataset not in origin.datasets:
-        origin = replace(origin, datasets=(recipe.hub.dataset, *origin.datasets))
-    run_folder.write_config(recipe, origin)  # with what may change from one start to the next
-
-
-def check_split(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Refuse what the engine cannot do; say, or refuse, that some processes idle in the last round of each step."""
-    world_size, micro_batches = accelerator.num_processes, recipe.batch.micro_batches
-    assert micro_batches is not None
-    if recipe.spike.action == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UserError(
-            "spike.action skip cannot drop an update under DeepSpeed, which applies it in the backward pass; "
-            "use --spike.action rollback, or another engine."
-        )
-    idle = 1 - micro_batches / (math.ceil(micro_batches / world_size) * world_size)
-    if idle and recipe.batch.strict:
-        raise UserError(
-            f"batch.micro_batches ({micro_batches}) is no multiple of the {world_size} processes, so {idle:.0%} of "
-            "their time is idle, and batch.strict refuses that; change one of them."
-        )
-    if idle:
-        say(
-            accelerator,
-            f"{micro_batches} micro-batches on {world_size} processes: the step is the same, and {idle:.0%} of the "
-            "processes' time idles.",
-        )
-
-
-def _recompute_activations(model: EsmForMaskedLM) -> None:
-    # transformers 5.23 renamed it and warns of the old name; 5.17 has only the old one.
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": False})
-
-
-def open_corpora(recipe: Recipe, show_progress: bool = True) -> tuple[Corpus, Corpus]:
-    """The training and the held-out split, prepared first where they are not."""
-    data = recipe.data
-    if not data.train:
-        raise UserError(
-            "Nothing to train on: name a FASTA file, a folder or a dataset with --data.train "
-            "(hf-plm simulate makes a small FASTA to try with)."
-        )
-    folder = ensure_prepared(
-        data.train,
-        recipe.cache_folder,
-        validation=data.validation,
-        illegal=data.illegal,
-        gaps=data.gaps,
-        duplicates=data.duplicates,
-        max_rejected=data.max_rejected,
-        sequence_column=data.sequence_column,
-        show_progress=show_progress,
-    )
-    train = open_corpus(folder, "train")
-    if "validation" not in train.manifest.splits:
-        raise UserError(
-            f"The corpus {train.name} has {len(train):,} sequences, too few to hold some out; "
-            "give more, or others to validate on with --data.validation."
-        )
-    return train, open_corpus(folder, "validation")
-
-
-def _resolve(
-    recipe: Recipe, accelerator: Accelerator, module: PackedMaskedLM, train: Corpus, held_out: Corpus
-) -> Recipe:
-    """The recipe with every `auto` replaced by what this machine and corpus suggest, the same on every process."""
-    epoch_tokens = count_tokens(train, recipe.data.crop)
-    is_cpu = accelerator.device.type == "cpu"
-    speed = None
-    if recipe.budget_seconds is not None:
-        say(accelerator, "Measuring the speed of this machine, a few seconds ...")
-        speed = measure_speed(accelerator, module, train, recipe)
-    mean_tokens = count_tokens(held_out, recipe.data.crop) / len(held_out)
-    resolved = resolve(recipe, speed, epoch_tokens, mean_tokens, is_cpu, accelerator.num_processes)
-    resolved = resolved.replace(run__precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32")
-    assert resolved.batch.micro_batches is not None
-    step_tokens = resolved.batch.micro_batches * resolved.batch.tokens
-    if epoch_tokens < step_tokens:
-        micro_batches = epoch_tokens // resolved.batch.tokens
-        smaller = f"--batch.micro_batches {micro_batches}"
-        if not micro_batches:
-            crop = min(epoch_tokens, recipe.data.crop)
-            smaller = f"--batch.micro_batches 1 --batch.tokens {epoch_tokens} --data.crop {crop}"
-        raise UserError(
-            f"The corpus {train.name} has {epoch_tokens:,} tokens to train on, fewer than one step takes "
-            f"({step_tokens:,}); give a smaller step, such as {smaller}, or more sequences."
-        )
-    return resolved
 
 
 def _resume(

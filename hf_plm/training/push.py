@@ -4,13 +4,10 @@ What is sent is verified before, and compared by checksum with what the Hub has 
 commit and are found there when it is tried again, so a push that failed late goes on where it was.
 """
 
-import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +15,28 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from hf_plm.config import Hub, UserError
-from hf_plm.data.manifest import MANIFEST_NAME, is_corpus, read_manifest
-from hf_plm.models.card import NO_LICENCE, model_card
+from hf_plm.data.manifest import MANIFEST_NAME
+from hf_plm.models.card import NO_LICENCE
 from hf_plm.models.hub import (
     CARD,
-    check_for_others,
-    check_hub_folder,
     checksums_in,
-    is_hub_folder,
-    save_hub_folder,
-    sha256,
 )
 from hf_plm.remote import attempt, judge, scrub
-from hf_plm.training import run_folder
-from hf_plm.training.export import read_run
+from hf_plm.training.shipment import Request, Shipment, licence_in, packed, with_branch
 
-_LICENCE_FILES = r"(README|LICEN[SC]E|NOTICE|COPYING|CITATION|AUTHORS)[\w.-]*|[\w.-]+\.(md|png|jpg|jpeg|svg)"
-_MODEL_FILES = re.compile(
-    rf"{_LICENCE_FILES}|\.gitattributes|config\.json|generation_config\.json|[\w.-]+\.safetensors(\.index\.json)?"
-    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|vocab\.txt"
-)
-_LOOKS_LIKE_A_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 _OUR_TITLE = re.compile(r"^([\d,]+ steps|Step [\d,]+|Push .*|.*: [\d,]+ sequences|initial commit)$")
-_LOCK, _MADE = ".push.lock", ".push-made"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for on the command line; without `revision` the branch is main."""
-
-    folder: Path
-    repository: str
-    revision: str | None = None
-    is_public: bool = False
-
-    @property
-    def branch(self) -> str:
-        return self.revision or "main"
-
-
-@dataclass
-class Shipment:
-    """What a push sends: `files` by their names in the repository, on disk or in memory."""
-
-    kind: str  # model or dataset
-    files: dict[str, Path | bytes]
-    title: str
-    _hashes: dict[str, str] = field(default_factory=dict)
-
-    def size(self, name: str) -> int:
-        content = self.files[name]
-        return content.stat().st_size if isinstance(content, Path) else len(content)
-
-    def is_at(self, name: str, entry: Any) -> bool:
-        """Whether an entry of the Hub's listing is this file: by sha256 in LFS, elsewhere by git's name of it."""
-        content, lfs = self.files[name], getattr(entry, "lfs", None)
-        if entry is None:
-            return False
-        if lfs is None:
-            data = content.read_bytes() if isinstance(content, Path) else content
-            return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        if name not in self._hashes:
-            is_file = isinstance(content, Path)
-            self._hashes[name] = sha256(content) if is_file else hashlib.sha256(content).hexdigest()  # type: ignore[arg-type]
-        return lfs.sha256 == self._hashes[name]
 
 
 def push(request: Request, say: Callable[[str], None] = print) -> str:
     """Verify and send; returns the address. Raises `UserError` where the folder or the Hub forbids it."""
-    request = _with_branch(request)
+    request = with_branch(request)
     with packed(request) as shipment:
         return send(shipment, request, say)
 
 
 def listing(request: Request) -> str:
     """What `push` would send, after the same verification; nothing is asked of the Hub."""
-    request = _with_branch(request)
+    request = with_branch(request)
     with packed(request) as shipment:
         where = f"{shipment.kind} {request.repository}" + (f", branch {request.revision}" if request.revision else "")
         visibility = "public" if request.is_public else "private"
@@ -101,152 +44,6 @@ def listing(request: Request) -> str:
         num_bytes = sum(map(shipment.size, shipment.files))
         heading = f"Would send {len(rows)} files, {num_bytes:,} bytes, to the {where} ({visibility} if new):"
         return "\n".join([heading, "", *rows])
-
-
-def _with_branch(request: Request) -> Request:
-    """The request with its branch as it is called on the Hub: of a checkpoint step-N, however N was written."""
-    branch = request.branch
-    if run_folder.is_run(request.folder) and (step := re.fullmatch(r"step[-_ ]?0*(\d+)", branch)):
-        return replace(request, revision=f"step-{step.group(1)}")
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", branch) or branch.startswith("refs/") or ".." in branch:
-        raise UserError(f"--revision names a branch, such as step-10000, not {branch!r}.")
-    return request
-
-
-# What is sent
-
-
-@contextmanager
-def packed(request: Request) -> Iterator[Shipment]:
-    """The verified shipment of a folder. What has to be made for it is gone afterwards."""
-    folder = request.folder.expanduser()
-    with ExitStack() as held:
-        if run_folder.is_run(folder):
-            yield _pack_run(folder, request, held)
-        elif is_corpus(folder):
-            yield _pack_corpus(folder)
-        elif is_hub_folder(folder):
-            yield _pack_model(folder, request, f"Push {folder.resolve().name}")
-        else:
-            hint = f" (hf-plm prepare {folder} --out FOLDER makes a corpus)" if folder.is_file() else ""
-            raise UserError(f"{folder} is neither a run, a Hub folder nor a prepared corpus{hint}; nothing was sent.")
-
-
-def _pack_run(folder: Path, request: Request, held: ExitStack) -> Shipment:
-    """The finished model, or where the revision is called step-N, the checkpoint of that step."""
-    summary = run_folder.finished(folder)
-    match = re.fullmatch(r"step-(\d+)", request.branch)
-    step = int(match.group(1)) if match else None
-    if summary is not None and step in (None, summary["steps"]):
-        return _pack_model(folder / run_folder.HUB, request, f"{summary['steps']:,} steps")
-    if step is None:
-        raise UserError(
-            f"The run in {folder} is not finished; push one of its checkpoints with --revision step-N, or finish it."
-        )
-    made = held.enter_context(_workplace(folder))
-    model, facts = read_run(folder, step)
-    finished_card = folder / run_folder.HUB / CARD
-    if facts.recipe.hub.license is None and finished_card.is_file():  # set there by hand
-        licence = _licence_in(finished_card.read_text(encoding="utf-8"))
-        facts = replace(facts, recipe=facts.recipe.replace(hub__license=licence))
-    save_hub_folder(model, made / "hub", model_card(facts))
-    del model
-    return _pack_model(made / "hub", request, f"Step {step:,}")
-
-
-@contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
-    """A folder inside the run's for what is made of a checkpoint; what a killed push left there goes first."""
-    with run_folder.locked(folder / _LOCK, f"is pushing a checkpoint of {folder} already"):
-        made = folder / _MADE
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        try:
-            yield made
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed push left in a run folder."""
-    if (folder / _MADE).is_dir():
-        with suppress(UserError), _workplace(folder):
-            pass
-
-
-def _pack_model(folder: Path, request: Request, title: str) -> Shipment:
-    check_hub_folder(folder)
-    check_for_others(folder)
-    files: dict[str, Path | bytes] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") and path.name != ".gitattributes":
-            continue
-        if not path.is_file() or not _MODEL_FILES.fullmatch(path.name):
-            raise UserError(
-                f"{path} has no place in a repository of a model (weights in safetensors, configuration, tokenizer, "
-                "card, licence, pictures); move it away."
-            )
-        _check_private(path)
-        files[path.name] = path
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for key in ("auto_map", "_name_or_path"):
-        if config.get(key):
-            raise UserError(f"{folder / 'config.json'} has {key!r}, which points outside of the folder; take it out.")
-    text = (folder / CARD).read_text(encoding="utf-8")
-    files[CARD] = _as_published(text, request).encode()
-    return Shipment("model", files, title)
-
-
-def _pack_corpus(folder: Path) -> Shipment:
-    """All files of a corpus, the shards as its manifest has them."""
-    manifest = read_manifest(folder)
-    shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
-    for name, shard in shards.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != shard.bytes or sha256(path) != shard.sha256:
-            raise UserError(f"{path} is not the file that {MANIFEST_NAME} names; prepare the corpus again.")
-    files: dict[str, Path | bytes] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if name not in {*shards, CARD, MANIFEST_NAME, "rejected.tsv"} and not re.fullmatch(_LICENCE_FILES, name):
-            raise UserError(f"{path} is no part of the corpus; move it away, or it would be published.")
-        if name not in shards:
-            _check_private(path)
-        files[name] = path
-    return Shipment("dataset", files, f"{manifest.name}: {manifest.counts.kept:,} sequences")
-
-
-def _check_private(path: Path) -> None:
-    if path.suffix in (".md", ".json", ".txt", ".tsv", ".cff", "") and _LOOKS_LIKE_A_TOKEN.search(path.read_bytes()):
-        raise UserError(f"{path} holds what looks like a token of the Hub (hf_...); nothing was sent.")
-
-
-def _as_published(card: str, request: Request) -> str:
-    """The card with repository and revision in the place of the name that it was written under."""
-    if _licence_in(card):
-        card = card.replace(f"\n{NO_LICENCE}\n", "")
-    loaded = re.search(r'from_pretrained\("([^"]+)"', card)
-    if loaded is None:
-        return card
-    old, new = re.escape(loaded.group(1)), request.repository
-    card = re.sub(rf'(?m)(^# |pipeline\("fill-mask", "){old}(?=$|")', rf"\g<1>{new}", card)
-    quoted = f'"{new}"' + (f', revision="{request.revision}"' if request.revision else "")
-    card = re.sub(rf'from_pretrained\("{old}"', f"from_pretrained({quoted}", card)
-    named = new + (f"@{request.revision}" if request.revision else "")
-    card = re.sub(rf"--init\.from {old}(?= )", f"--init.from {named}", card)
-    short = re.escape(loaded.group(1).split("/")[-1])
-    return re.sub(rf"(?m)^(model-index:\n- name: ){short}$", rf"\g<1>{new.split('/')[-1]}", card)
-
-
-def _licence_in(card: str) -> str | None:
-    """The licence that the front matter names, or None; `unknown` is none."""
-    found = re.match(r"---\n(?:(?!---).*\n)*?license: *[\"']?([\w.-]+)[\"']? *\n", card)
-    return None if found is None or found.group(1) == "unknown" else found.group(1)
-
-
-# How it is sent
 
 
 def check_right_to_push(knobs: Hub, say: Callable[[str], None]) -> None:
@@ -405,8 +202,8 @@ def _shards_in(manifest: str) -> set[str]:
 
 def _with_licence_of(card: str, mine: str) -> str | None:
     """My card with the licence that the one on the Hub names, where mine names none; None where nothing changes."""
-    licence = _licence_in(card)
-    if licence is None or _licence_in(mine) is not None:
+    licence = licence_in(card)
+    if licence is None or licence_in(mine) is not None:
         return None
     line = f"license: {licence}\n"
     if "\nlicense: unknown\n" in mine:

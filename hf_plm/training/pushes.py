@@ -20,7 +20,8 @@ from hf_plm.config import Hub, Recipe, UserError
 from hf_plm.remote import scrub
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import checkpoint_name, write_json
-from hf_plm.training.push import Request, push, sweep
+from hf_plm.training.push import push
+from hf_plm.training.shipment import Request, sweep
 
 LOG, RECORD = "push.log", "pushed.json"
 MOST_PENDING = 3
