@@ -197,3 +197,14 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     (path / "state.json").write_text(json.dumps({**state, "checksum": checksum(state)}))
     with pytest.raises(UserError, match=r"format 99, not 2; it is of a newer version: update hf_plm"):
         newest_whole(tmp_path)
+
+
+def test_a_checkpoint_that_somebody_reads_stays(tmp_path: Path) -> None:
+    oldest = save(tmp_path, 5)
+    save(tmp_path, 10)
+    saver = Saver(tmp_path, {"torch": "2"}, keep=1)
+    saver.held = {oldest.name}
+    saver.begin(Progress(15), *model_and_optimizer(15))
+    saver.wait()
+    saver.commit()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [oldest.name, "step-00000015"]
