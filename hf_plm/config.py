@@ -152,6 +152,7 @@ class Run:
     folder: str | None = knob(None, "where the run writes everything", may_change=True)
     seed: int = knob(0, "seed of weights, order, crops and corruption")
     precision: str = knob("auto", "fp32, bf16, or auto: what the launcher says, else bf16 on GPUs that have it")
+    compile: str = knob("auto", "compile the layers by torch.compile: yes, no, or auto: on GPUs", may_change=True)
     log_every: int = knob(10, "steps between lines of metrics", may_change=True)
     trackers: tuple[str, ...] = knob(("tensorboard",), "tensorboard, wandb, trackio; none to switch off", True)
     record: bool = knob(

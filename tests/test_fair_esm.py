@@ -11,8 +11,8 @@ from esm.pretrained import load_model_and_alphabet_local
 
 from hf_plm.config import UserError
 from hf_plm.models import fair_esm
-from hf_plm.models.attention import use_packed_attention
 from hf_plm.models.fair_esm import read_fair_esm, write_fair_esm
+from hf_plm.models.layers import use_packed_layers
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 
@@ -181,7 +181,7 @@ def test_a_round_trip_is_bit_equal(tmp_path):
 
 def test_writing_leaves_the_model_as_it_was(tmp_path):
     model = new_model()
-    use_packed_attention(model)
+    use_packed_layers(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -13,8 +13,8 @@ from transformers import AutoModelForMaskedLM, EsmForMaskedLM
 
 from hf_plm.config import UserError
 from hf_plm.models import hub
-from hf_plm.models.attention import use_packed_attention
 from hf_plm.models.hub import load_hub_folder, save_hub_folder
+from hf_plm.models.layers import use_packed_layers
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 
@@ -28,7 +28,7 @@ def new_model(seed=0):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    use_packed_attention(model)
+    use_packed_layers(model)
     return model.eval()
 
 

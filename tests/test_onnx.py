@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_plm.config import UserError
 from hf_plm.models import onnx
-from hf_plm.models.attention import IMPLEMENTATION, use_packed_attention
+from hf_plm.models.layers import EsmLayer, use_packed_layers
 from hf_plm.models.onnx import TOLERANCE, onnx_difference, write_onnx
 from hf_plm.models.presets import build_model, esm_config
 
@@ -28,7 +28,7 @@ def new_model(**sizes):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    use_packed_attention(model)
+    use_packed_layers(model)
     return model
 
 
@@ -117,7 +117,7 @@ def test_writing_is_quiet_and_leaves_the_model_as_it_was(tmp_path, capfd, caplog
     assert names(folder) == sorted([*FILES, "model.onnx.data"])
     assert (folder / "model.onnx").stat().st_size < 1_000_000 < (folder / "model.onnx.data").stat().st_size
     assert model.training
-    assert model.config._attn_implementation == IMPLEMENTATION
+    assert all(isinstance(layer, EsmLayer) for layer in model.esm.encoder.layer)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     moved = folder.rename(tmp_path / "moved")  # the second file is found wherever the two are

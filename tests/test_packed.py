@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AttentionMaskInterface
+from transformers.models.esm import modeling_esm
 
 from hf_plm.config import UserError
-from hf_plm.models.attention import IMPLEMENTATION, SDPA_ROUTE, VARLEN_ROUTE, attention_route, use_packed_attention
+from hf_plm.models import layers
+from hf_plm.models.attention import SDPA_ROUTE, VARLEN_ROUTE, attention_route
+from hf_plm.models.layers import EsmLayer, packed_layer, use_packed_layers
 from hf_plm.models.packed import packed_hidden_states, packed_logits, sequence_index
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.vocabulary import CLS_ID, EOS_ID, MASK_ID, PAD_ID
@@ -119,7 +121,7 @@ def test_sequence_index():
     assert sequence_index(torch.tensor([0, 2, 3, 6], dtype=torch.int32), 6).tolist() == [0, 0, 1, 2, 2, 2]
 
 
-def gradients(model, sequences, recompute, switch_off=False):
+def gradients(model, sequences, recompute):
     model.train()
     model.zero_grad()
     if recompute:
@@ -127,8 +129,6 @@ def gradients(model, sequences, recompute, switch_off=False):
         older, newer = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(model, newer if hasattr(model, newer) else older)({"use_reentrant": False})
     loss = packed_logits(model, *pack(sequences)).square().mean()
-    if switch_off:
-        model.set_attn_implementation("sdpa")
     loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -139,10 +139,13 @@ def test_activation_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_activation_checkpointing_twin():
-    """Why the switch stays on: off in the backward pass, the layers are recomputed as one long sequence."""
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        gradients(new_model(), random_sequences(), recompute=True, switch_off=True)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activation_checkpointing_runs_each_layer_twice(recompute, monkeypatch):
+    runs = []
+    monkeypatch.setattr(layers, "packed_layer", lambda *arguments: runs.append(1) or packed_layer(*arguments))
+    model = new_model()
+    gradients(model, random_sequences(), recompute)
+    assert len(runs) == model.config.num_hidden_layers * (1 + recompute)
 
 
 def test_gradients_are_those_of_the_stock_model():
@@ -171,23 +174,47 @@ def padded_logits(model):
         return model(input_ids_BL, attention_mask=(input_ids_BL != PAD_ID).long()).logits[1, :12]
 
 
-def test_ordinary_calls_are_as_before():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_ordinary_calls_are_as_before(attention):
     model, stock = new_model(), new_model()
+    for each in (model, stock):
+        each.set_attn_implementation(attention)
     packed_logits(model, *pack(random_sequences()))
-    assert model.config._attn_implementation == IMPLEMENTATION
+    assert all(type(layer) is EsmLayer for layer in model.esm.encoder.layer)
+    assert type(stock.esm.encoder.layer[0]) is modeling_esm.EsmLayer
     assert torch.equal(padded_logits(model), padded_logits(stock))
-    assert IMPLEMENTATION not in model.config.to_json_string()
-    model.set_attn_implementation("eager")  # for attention maps: the packed forward switches itself on again
-    packed_logits(model, *pack(random_sequences()))
-    assert model.config._attn_implementation == IMPLEMENTATION
+    assert model.config.to_json_string() == stock.config.to_json_string()
+    asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    ids_BL = torch.stack(random_sequences((30, 30)))
+    found, expected = model(ids_BL, **asked), stock(ids_BL, **asked)
+    assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+    for name in ("hidden_states", "attentions")[: 1 + (attention == "eager")]:
+        assert all(map(torch.equal, found[name], expected[name]))
 
 
-def test_ordinary_calls_twin(monkeypatch):
-    """Without a mask function under our name, transformers drops the padding mask."""
-    model, stock = new_model(), new_model()
-    use_packed_attention(model)
-    monkeypatch.delitem(AttentionMaskInterface._global_mapping, IMPLEMENTATION)
-    assert (padded_logits(model) - padded_logits(stock)).abs().max() > 100 * TOLERANCE
+def test_layers_have_the_name_that_engines_look_for():
+    """accelerate_configs/fsdp2.yaml names the class whose objects are shared out; `fully_shard` keeps the methods."""
+    model = new_model()
+    use_packed_layers(model)
+    assert type(model.esm.encoder.layer[0]).__name__ == "EsmLayer"
+    assert isinstance(model.esm.encoder.layer[0], modeling_esm.EsmLayer)
+
+
+@pytest.mark.parametrize("reason", ["adapter", "shared out"])
+@torch.no_grad()
+def test_projections_are_called_where_their_weights_cannot_be_joined(reason):
+    model, packed = new_model(), pack(random_sequences())
+    expected_TV = packed_logits(model, *packed)
+    called = []
+    for layer in model.esm.encoder.layer:
+        query = layer.attention.self.query
+        query.register_forward_hook(lambda *arguments: called.append(1))
+        if reason == "adapter":
+            query.__class__ = type("Adapted", (torch.nn.Linear,), {})
+        else:
+            query.weight.ds_id = 0
+    torch.testing.assert_close(packed_logits(model, *packed), expected_TV, rtol=0, atol=TOLERANCE)
+    assert len(called) == model.config.num_hidden_layers
 
 
 def fair_esm_twin_of(model):

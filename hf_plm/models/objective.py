@@ -8,12 +8,14 @@ No parameter is used outside `forward`, because sharded engines gather parameter
 Dimensions: T tokens of a packed micro-batch, K targets, B sequences, D width, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import EsmForMaskedLM
 
-from hf_plm.models.attention import use_packed_attention
+from hf_plm.models.layers import use_packed_layers
 from hf_plm.models.packed import packed_hidden_states, sequence_index
 from hf_plm.proteins.vocabulary import EOS_ID, IGNORED_LABEL, RESIDUES, TOKEN_TO_ID
 
@@ -21,12 +23,21 @@ _FIRST_RESIDUE = min(TOKEN_TO_ID[letter] for letter in RESIDUES)
 assert sorted(TOKEN_TO_ID[letter] for letter in RESIDUES) == list(range(_FIRST_RESIDUE, _FIRST_RESIDUE + len(RESIDUES)))
 
 
+class Shape(NamedTuple):
+    """What compiled layers are made for: tokens of every micro-batch, and of its longest sequence."""
+
+    tokens: int
+    crop: int
+
+
 class PackedMaskedLM(nn.Module):
     """Holds the stock model as `.model` and computes the masked-language-model objective on packed micro-batches."""
 
-    def __init__(self, model: EsmForMaskedLM) -> None:
+    def __init__(self, model: EsmForMaskedLM, compiled_for: Shape | None = None) -> None:
+        """With `compiled_for` the layers are compiled, and every micro-batch is filled up to its number of tokens."""
         super().__init__()
-        use_packed_attention(model)
+        self.compiled_for = compiled_for
+        use_packed_layers(model)
         # It has no part in this loss, and DDP raises for a trained parameter without a gradient.
         model.esm.contact_head.requires_grad_(False)
         self.model = model
@@ -52,7 +63,10 @@ class PackedMaskedLM(nn.Module):
             labels_T = labels_T.new_full((1,), IGNORED_LABEL)
             position_ids_T = position_ids_T.new_zeros(1)
             cu_seqlens, max_seqlen = torch.arange(2, dtype=torch.int32, device=cu_seqlens.device), 1
-        hidden_TD = packed_hidden_states(self.model, input_ids_T, position_ids_T, cu_seqlens, max_seqlen)[-1]
+        packed = (input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
+        if self.compiled_for:
+            packed = filled(*packed, self.compiled_for)
+        hidden_TD = packed_hidden_states(self.model, *packed, is_compiled=self.compiled_for is not None)[-1]
         positions_K = (labels_T != IGNORED_LABEL).nonzero().squeeze(1)
         labels_K = labels_T[positions_K]
         logits_KV = self.model.lm_head(hidden_TD[positions_K]).float()
@@ -64,3 +78,25 @@ class PackedMaskedLM(nn.Module):
             return losses_K, is_correct_K, sequence_index_K, input_ids_T[positions_K], labels_K
         num_targets = torch.tensor(len(labels_K), device=labels_K.device)
         return losses_K.sum(), num_targets, is_correct_K.sum()
+
+
+def filled(
+    input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, shape: Shape
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """The micro-batch with sequences of `<eos>` after its own, up to the number of tokens that the layers know.
+
+    One shape means one graph: nothing is compiled anew for a micro-batch that is a few tokens shorter. The filling
+    attends to itself, has no targets, and so changes no number; on real proteins it is a percent of the tokens.
+    """
+    assert max_seqlen <= shape.crop
+    num_tokens = len(input_ids_T)
+    missing = shape.tokens - num_tokens
+    assert missing >= 0
+    # Without a look at the device: where the filling is cut follows from lengths that are known here.
+    ends = [*range(num_tokens + shape.crop, shape.tokens, shape.crop), *[shape.tokens] * (missing > 0)]
+    return (
+        pad(input_ids_T, (0, missing), value=EOS_ID),
+        pad(position_ids_T, (0, missing)),
+        torch.cat([cu_seqlens, torch.tensor(ends, dtype=torch.int32).to(cu_seqlens.device, non_blocking=True)]),
+        shape.crop,
+    )

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 from transformers import EsmForMaskedLM
 
 from hf_plm.config import UserError
-from hf_plm.models.attention import VARLEN_ROUTE, Packing, attention_route, use_packed_attention
+from hf_plm.models.attention import VARLEN_ROUTE, Packing, attention_route
+from hf_plm.models.layers import use_packed_layers
 
 # transformers' EsmEmbeddings and fair-esm's ESM2 scale by 1 - 0.15 * 0.8 whatever the recipe's rates: a constant gain.
 TOKEN_DROPOUT_GAIN = 1 - 0.15 * 0.8
@@ -58,6 +59,7 @@ def packed_hidden_states(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     output_hidden_states: bool = False,
+    is_compiled: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Hidden states (T, D): of the last layer alone, or of the embeddings and every layer (`num_layers` + 1).
 
@@ -71,20 +73,24 @@ def packed_hidden_states(
             "The packed forward takes models with rotary positions and no attention dropout (ESM-2), but this one has "
             f"{config.position_embedding_type!r} positions and attention dropout {config.attention_probs_dropout_prob}."
         )
-    use_packed_attention(model)
+    use_packed_layers(model)
+    esm = model.esm
+    hidden_TD = _embed(model, input_ids_T, cu_seqlens)
     head_dim = config.hidden_size // config.num_attention_heads
     on_device = attention_route(input_ids_T.device, compute_dtype(model), head_dim) == VARLEN_ROUTE
-    lengths = None if on_device else tuple(cu_seqlens.diff().tolist())
-    outputs = model.esm(
-        inputs_embeds=_embed(model, input_ids_T, cu_seqlens)[None],
-        position_ids=position_ids_T[None],
-        packing=Packing(cu_seqlens, max_seqlen, lengths),
-        output_hidden_states=output_hidden_states,
-        use_cache=False,  # an encoder has none, but transformers would warn of it where activations are recomputed
-    )
-    if output_hidden_states:
-        return tuple(hidden_1TD[0] for hidden_1TD in outputs.hidden_states)
-    return (outputs.last_hidden_state[0],)
+    cu_seqlens_cpu = None if on_device else cu_seqlens.cpu()
+    # The first argument says which device and precision; transformers repeats each angle for the other half of a head.
+    tables = esm.rotary_embeddings(hidden_TD.new_empty(0, dtype=torch.float32), position_ids_T)
+    cos_TK, sin_TK = (table_TK[:, : head_dim // 2].contiguous() for table_TK in tables)
+    packing = Packing(cu_seqlens, cu_seqlens_cpu, max_seqlen, cos_TK, sin_TK, is_compiled)
+    hidden = [hidden_TD]
+    for layer in esm.encoder.layer:
+        hidden.append(layer(hidden[-1], packing=packing))
+        if not output_hidden_states:
+            del hidden[0]
+    # As in transformers, what the last layer gives is what is left of it after the layer norm.
+    hidden[-1] = esm.encoder.emb_layer_norm_after(hidden[-1])
+    return tuple(hidden)
 
 
 def packed_logits(

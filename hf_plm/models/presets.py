@@ -118,3 +118,17 @@ def num_parameters(config: EsmConfig) -> int:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = EsmForMaskedLM(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def training_flops(config: EsmConfig, num_tokens: int, num_targets: int, sum_of_squares: int) -> int:
+    """Floating-point operations of forward and backward that no implementation can leave out.
+
+    Two for each weight and token in the forward pass and twice as many in the backward one; the head at targets alone;
+    attention by `sum_of_squares`, the sum of squared sequence lengths, where padding would count its slots. Layer
+    norms, GELU, softmax and what activation checkpointing repeats are left out, as is usual (PaLM, Chowdhery et al.
+    2022, appendix B).
+    """
+    width, num_layers = config.hidden_size, config.num_hidden_layers
+    layer = 4 * width * width + 2 * width * config.intermediate_size
+    head = width * width + width * config.vocab_size
+    return 6 * (num_layers * layer * num_tokens + head * num_targets) + 12 * num_layers * width * sum_of_squares

@@ -56,6 +56,7 @@ from hf_plm.training.start import (
     open_corpora,
     recompute_activations,
     resolve_on,
+    shape_to_compile,
 )
 from hf_plm.training.trainer import Parts, SpikeError, run_steps, settle
 
@@ -137,7 +138,8 @@ def _run(
         model = build_model(config_of(recipe), recipe.run.seed)
     if recipe.model.activation_checkpointing:
         recompute_activations(model)
-    module = PackedMaskedLM(model.to(accelerator.device))
+    shape = shape_to_compile(recipe, accelerator)
+    module = PackedMaskedLM(model.to(accelerator.device), shape)
     if earlier is None:
         recipe = resolve_on(recipe, accelerator, module, train, held_out)
     assert recipe.batch.micro_batches is not None
@@ -145,7 +147,8 @@ def _run(
     on_main(accelerator, lambda: begin(recipe, earlier, train, held_out, weights))
     together(accelerator, lambda: run_folder.check_visible(folder))
     rounds = math.ceil(recipe.batch.micro_batches / accelerator.num_processes)
-    facts = machine_facts(accelerator)  # before DeepSpeed is told that its own bf16 is not wanted
+    # Before DeepSpeed is told that its own bf16 is not wanted.
+    facts = {**machine_facts(accelerator), "layers": "compiled" if shape else "uncompiled"}
     configure(accelerator, recipe.optimizer, rounds)
     wrapped, optimizer = accelerator.prepare(module, build_optimizer(module, recipe.optimizer))
 
@@ -275,6 +278,7 @@ def _announce(parts: Parts, facts: dict[str, Any], meter: Meter, train: Corpus, 
         "machine": f"{processes} x {facts['device']}, {facts['precision']}, {threads} thread{'s' * (threads > 1)}",
         "engine": facts["engine"],
         "attention": attention_route(parts.accelerator.device, dtype, head_dim),
+        "layers": str(facts["layers"]),
         "step": f"{recipe.batch.micro_batches} x {recipe.batch.tokens:,} tokens",
         "run": f"{recipe.run_folder}",
     }

@@ -253,6 +253,22 @@ def measure_speed(accelerator: Accelerator, module: PackedMaskedLM, corpus: Corp
     return sum_over_processes(accelerator, mine)[0]
 
 
+class Numbers:
+    """A few numbers on their way from the device to the CPU; `read` waits for these, not for what was sent later."""
+
+    def __init__(self, on_device: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._numbers = on_device.detach().to("cpu", non_blocking=True)
+        if on_device.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
 class StopRequest:
     """Whether somebody asked the run to stop: set by a signal, read between steps."""
 

@@ -12,13 +12,16 @@ from hf_plm.config import Recipe, UserError
 from hf_plm.data.corpus import Corpus, open_corpus
 from hf_plm.data.loader import count_tokens
 from hf_plm.data.prepare import ensure_prepared
-from hf_plm.models.objective import PackedMaskedLM
+from hf_plm.models.layers import compile_obstacle
+from hf_plm.models.objective import PackedMaskedLM, Shape
 from hf_plm.models.presets import build_model, esm_config, preset_of
 from hf_plm.models.published import find_published, identity, read_published
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import list_checkpoints
 from hf_plm.training.push import check_right_to_push
 from hf_plm.training.runtime import (
+    engine_name,
+    gather,
     in_turn,
     measure_speed,
     on_main,
@@ -104,6 +107,22 @@ def check_split(recipe: Recipe, accelerator: Accelerator) -> None:
             f"{micro_batches} micro-batches on {world_size} processes: the step is the same, and {idle:.0%} of the "
             "processes' time idles.",
         )
+
+
+def shape_to_compile(recipe: Recipe, accelerator: Accelerator) -> Shape | None:
+    """What the layers are compiled for, the same on all processes; None where they run uncompiled."""
+    wanted, device = recipe.run.compile, accelerator.device
+    if wanted == "no" or (wanted == "auto" and device.type != "cuda"):
+        return None
+    if engine_name(accelerator) == "ZeRO-3":
+        obstacle = "ZeRO-3 brings the weights together module by module"
+    else:
+        obstacle = next(filter(None, gather(accelerator, compile_obstacle(device))), "")
+    if obstacle and wanted == "yes":
+        raise UserError(f"The layers cannot be compiled ({obstacle}); leave --run.compile out.")
+    if obstacle:
+        say(accelerator, f"The layers run uncompiled ({obstacle}): the same numbers, more slowly.")
+    return None if obstacle else Shape(recipe.batch.tokens, recipe.data.crop)
 
 
 def recompute_activations(model: EsmForMaskedLM) -> None:

@@ -27,7 +27,7 @@ from hf_plm.training.engine import reshard
 from hf_plm.training.meter import PLAN_AFTER_STEPS, Meter
 from hf_plm.training.pushes import BackgroundPushes
 from hf_plm.training.record import Record
-from hf_plm.training.runtime import StopRequest, on_main, sum_over_processes, together
+from hf_plm.training.runtime import Numbers, StopRequest, on_main, sum_over_processes, together
 from hf_plm.training.schedule import rate_factor
 from hf_plm.training.spikes import MAX_IN_A_ROW, Trend
 
@@ -73,8 +73,8 @@ class Unread:
     progress: Progress
     num_targets: float
     factor: float
-    sums: torch.Tensor  # (2,): loss in nats, correct predictions, of this process
-    norm: Any  # of the gradient of all processes; None where the update was skipped
+    numbers: Numbers  # loss in nats and correct predictions of this process, norm of the gradient of all
+    is_skipped: bool
     speed: float | None  # tokens/s where the step is logged
 
 
@@ -132,7 +132,8 @@ def _run_steps(parts: Parts, meter: Meter, progress: Progress, steps: Iterator[S
         skipped_in_a_row = _count_skipped(parts, step, skipped_in_a_row, is_skipped)
         is_logged = done % recipe.run.log_every == 0 or done in (1, recipe.schedule.steps) or is_skipped
         speed = meter.tokens_per_second() if is_logged else None
-        unread.append(Unread(step, progress, agreed.num_targets, factor, sums, norm, speed))
+        numbers = _send(sums, norm)
+        unread.append(Unread(step, progress, agreed.num_targets, factor, numbers, bool(is_skipped), speed))
         is_planned = done - meter.first_step == PLAN_AFTER_STEPS
         is_last = recipe.schedule.budget is None and done == recipe.schedule.steps  # validated on more, afterwards
         is_validated = done % recipe.validation.every == 0 and not is_last
@@ -157,6 +158,15 @@ def _run_steps(parts: Parts, meter: Meter, progress: Progress, steps: Iterator[S
     if agreed.is_asked_to_stop and agreed.share < 1:
         raise StoppedError(parts.request.signal_name or "a signal to another process", progress.step)
     return progress
+
+
+def _send(sums: torch.Tensor, norm: Any) -> Numbers:
+    """`sums` and the norm of the gradient, NaN where there is none, on their way to the CPU."""
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    elif not isinstance(norm, torch.Tensor):
+        norm = sums.new_tensor(math.nan if norm is None else norm)
+    return Numbers(torch.cat([sums, norm.reshape(1).to(sums)]))
 
 
 def _next(steps: Iterator[Step]) -> tuple[Step | None, UserError | None]:
@@ -194,7 +204,7 @@ def _agree(
     parts: Parts, meter: Meter, step: Step | None, unread: Unread | None, is_only_reading: bool = False
 ) -> Agreed:
     accelerator = parts.accelerator
-    sums = unread.sums.tolist() if unread else [0.0, 0.0]
+    sums = unread.numbers.read()[:2] if unread else [0.0, 0.0]
     num_targets, share, num_stops, num_failed, num_ready, loss_sum, num_correct = sum_over_processes(
         accelerator,
         sum(batch.num_targets for batch in step.micro_batches) if step else 0,
@@ -218,9 +228,7 @@ def _read(parts: Parts, meter: Meter, unread: Unread, agreed: Agreed, trend: Tre
     """Judges a step by its numbers, writes the line of a log step, and returns the trend of the losses after it."""
     recipe, progress, step = parts.recipe, unread.progress, unread.step
     loss = agreed.loss_sum / max(unread.num_targets, 1)
-    is_skipped = unread.norm is None
-    norm = unread.norm.full_tensor() if isinstance(unread.norm, DTensor) else unread.norm
-    gradient_norm = math.nan if is_skipped else float(norm)
+    gradient_norm, is_skipped = unread.numbers.read()[2], unread.is_skipped
     is_finite = math.isfinite(loss) and math.isfinite(gradient_norm)
     if recipe.spike.action == "rollback" and (not is_finite or trend.is_spike(loss, recipe.spike.deviations)):
         raise SpikeError(loss, progress)

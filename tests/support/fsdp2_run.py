@@ -44,7 +44,7 @@ def start_sharded(*arguments: Any) -> Accelerator:
 
 def prepare_sharded(accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     plugin = accelerator.state.fsdp_plugin
-    layer = module.model.esm.encoder.layer[0].attention.self.query
+    layer = module.model.esm.encoder.layer[0].intermediate.dense
     prepared = prepare(accelerator, module, optimizer)
     # Accelerate has looked again at what machine this is.
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin

@@ -1,0 +1,133 @@
+"""The layers of a stock ESM over packed sequences: the same parameters and the same numbers in fewer passes.
+
+transformers' own layer, packed, spends a third of its time on a CPU in passes over memory: an error function written
+in five steps, a rotation in ten, three products where one does. Here GELU is torch's own, query, key and value are one
+product, and the rotation writes each number once. On GPUs the layer is compiled on top of that, as one graph.
+
+The layers stay transformers' own objects with a `forward` put before theirs: what shards them, recomputes them or looks
+for them by name (FSDP2, activation checkpointing, DeepSpeed) sees an `EsmLayer`. A call without a packing goes on to
+the stock forward, and nothing of this is written to any file.
+
+Dimensions: T tokens of a packed micro-batch, D width, H heads, K width of a head.
+"""
+
+import functools
+from collections.abc import Callable
+from subprocess import SubprocessError
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu, linear
+from transformers.models.esm import modeling_esm
+
+from hf_plm.models.attention import Packing, attention_by_sequence, varlen_attention
+
+
+class EsmLayer(modeling_esm.EsmLayer):
+    """transformers' layer, which takes packed sequences too. Engines find the layers to shard by this name."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *arguments: Any, packing: Packing | None = None, **options: Any
+    ) -> torch.Tensor:
+        """(T, D) from (T, D) with a `packing`; without one what transformers does, which chose the signature."""
+        if packing is None:
+            return super().forward(hidden_states, *arguments, **options)
+        run = packed_layer
+        if packing.is_compiled:
+            run = compiled_layer()
+            # The number of sequences is the one size that differs from micro-batch to micro-batch.
+            torch._dynamo.maybe_mark_dynamic(packing.cu_seqlens, 0)
+            if packing.cu_seqlens_cpu is not None:
+                torch._dynamo.maybe_mark_dynamic(packing.cu_seqlens_cpu, 0)
+        bounds = (packing.cu_seqlens, packing.cu_seqlens_cpu, packing.max_seqlen)
+        return run(self, hidden_states, packing.cos_TK, packing.sin_TK, *bounds)
+
+
+def use_packed_layers(model: nn.Module) -> None:
+    """Let the layers of a stock model take a `packing`.
+
+    The switch stays on: activation checkpointing runs the layers again in the backward pass, after any context manager
+    around the forward has ended.
+    """
+    for module in model.modules():
+        if type(module) is modeling_esm.EsmLayer:
+            module.__class__ = EsmLayer
+
+
+@functools.cache
+def compiled_layer() -> Callable[..., torch.Tensor]:
+    """`packed_layer`, compiled once for all layers of a model, since they differ in their weights alone."""
+    return torch.compile(packed_layer)
+
+
+def compile_obstacle(device: torch.device) -> str:
+    """Why nothing can be compiled for this device here; empty where it can. Tried on a small function."""
+    try:
+        function = torch.compile(lambda x: gelu(x) + 1)
+        function(torch.ones(2, 16, device=device, requires_grad=True)).sum().backward()
+    except (RuntimeError, ImportError, OSError, SubprocessError) as error:  # no compiler, no Triton, an older GPU
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return ""
+
+
+def packed_layer(
+    layer: modeling_esm.EsmLayer,
+    hidden_TD: torch.Tensor,
+    cos_TK: torch.Tensor,
+    sin_TK: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor | None,
+    max_seqlen: int,
+) -> torch.Tensor:
+    """(T, D): one layer. Attention goes sequence by sequence where `cu_seqlens_cpu` is given, else by the kernel."""
+    attention = layer.attention
+    heads = attention.self
+    query_THK, key_THK, value_THK = _project(heads, attention.LayerNorm(hidden_TD))
+    # ESM scales the query and then rotates it; a rotation keeps the factor, so the kernel may apply it.
+    scale = heads.attention_head_size**-0.5
+    # In bf16 autocast a CPU attends in fp32, the precision in which the rotation leaves its result.
+    dtype = torch.float32 if hidden_TD.device.type == "cpu" else value_THK.dtype
+    query_THK, key_THK = (Rotate.apply(x_THK, cos_TK, sin_TK).to(dtype) for x_THK in (query_THK, key_THK))
+    if cu_seqlens_cpu is None:
+        attended_THK = varlen_attention(query_THK, key_THK, value_THK, cu_seqlens, max_seqlen, scale)
+    else:
+        attended_THK = attention_by_sequence(query_THK, key_THK, value_THK.to(dtype), cu_seqlens_cpu, scale)
+    hidden_TD = attention.output(attended_THK.flatten(1).to(value_THK.dtype), hidden_TD)
+    raised_TF = gelu(layer.intermediate.dense(layer.LayerNorm(hidden_TD)))
+    return layer.output(raised_TF, hidden_TD)
+
+
+def _project(heads: modeling_esm.EsmSelfAttention, normed_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value, (T, H, K) each."""
+    parts = (heads.query, heads.key, heads.value)
+    # A weight that ZeRO-3 has shared out, or that an adapter wraps, is there only inside the module's own call.
+    if any(type(part) is not nn.Linear or hasattr(part.weight, "ds_id") for part in parts):
+        return tuple(part(normed_TD).unflatten(-1, (-1, heads.attention_head_size)) for part in parts)
+    weight = torch.cat([part.weight for part in parts])
+    bias = torch.cat([part.bias for part in parts])
+    return linear(normed_TD, weight, bias).unflatten(-1, (3, -1, heads.attention_head_size)).unbind(1)
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary positions: (T, H, K) turned by the angles of (T, K/2), in fp32 whatever comes in.
+
+    Written out, the two halves of each head take one pass each; autograd would keep six intermediate tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_THK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos_TK, sin_TK)
+        ctx.dtype = x_THK.dtype
+        return _rotate(x_THK, cos_TK, sin_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos_TK, sin_TK = ctx.saved_tensors
+        return _rotate(gradients[0], cos_TK, -sin_TK).to(ctx.dtype), None, None
+
+
+def _rotate(x_THK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
+    first_THK, second_THK = x_THK.chunk(2, dim=-1)
+    cos_T1K, sin_T1K = cos_TK[:, None], sin_TK[:, None]
+    return torch.cat([first_THK * cos_T1K - second_THK * sin_T1K, second_THK * cos_T1K + first_THK * sin_T1K], dim=-1)
