@@ -6,11 +6,13 @@ Everything heavy is imported inside the subcommand that needs it, so that help a
 import argparse
 import difflib
 import errno
+import gc
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_plm.config import KNOBS, LostProcessError, UserError
@@ -68,6 +70,24 @@ def _tells() -> bool:
         return True
     time.sleep(3)
     return False
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """The first imports of torch and what stands on it: without garbage collection, since nearly all of it stays.
+
+    That takes 0.5 s of 3 off them. What they made is kept out of later collections too: one of everything, while data
+    are opened or in the middle of training, takes 0.02 s instead of 0.2 s.
+    """
+    if "torch" in sys.modules:  # by the program that calls this one: then its garbage is not ours to keep
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,8 +255,9 @@ def _pretrain(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     recipe = load_recipe(parsed.recipe, parse_knobs(rest))
     _ = recipe.run_folder  # refused before anything heavy is imported
 
-    from hf_plm.training.pretrain import pretrain
-    from hf_plm.training.trainer import StoppedError
+    with quick_imports():
+        from hf_plm.training.pretrain import pretrain
+        from hf_plm.training.trainer import StoppedError
 
     try:
         pretrain(recipe)
@@ -282,15 +303,18 @@ def _prepare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _inspect(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    from hf_plm.training.inspection import inspect_folder
+    with quick_imports():
+        from hf_plm.training.inspection import inspect_folder
 
     print(inspect_folder(parsed.folder, parsed.step))
 
 
 def _push(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     from hf_plm.remote import is_repository
-    from hf_plm.training.push import listing, push
-    from hf_plm.training.shipment import Request
+
+    with quick_imports():
+        from hf_plm.training.push import listing, push
+        from hf_plm.training.shipment import Request
 
     if not is_repository(parsed.repository) or "@" in parsed.repository:
         raise UserError(f"A repository is user/name, such as user/my-plm, not {parsed.repository!r}.")
@@ -306,7 +330,8 @@ def _push(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    from hf_plm.training.export import export
+    with quick_imports():
+        from hf_plm.training.export import export
 
     for path in export(parsed.source, parsed.format, parsed.out, parsed.step):
         print(path)

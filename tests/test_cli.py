@@ -1,14 +1,17 @@
 """The program: help at once, mistakes in one sentence and without a traceback."""
 
 import errno
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hf_plm.cli import main
+from hf_plm.cli import main, quick_imports
 from hf_plm.config import KNOBS
+
+COMMANDS = ("pretrain", "launch", "prepare", "inspect", "push", "export", "simulate")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,11 +29,62 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
-def test_help_does_not_import_torch() -> None:
-    script = "import sys; from hf_plm.cli import main; main([]); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "pretrain" in done.stdout
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "huggingface_hub", "pyarrow", "pandas", "numpy", "Bio"}
+
+
+def imported_by(tmp_path: Path, statements: str) -> set[str]:
+    """Which of HEAVY a Python has imported after the statements, from anywhere but this repository."""
+    script = f"import sys\nfrom hf_plm.cli import main\n{statements}\nprint('imported:', *sys.modules)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    return HEAVY & set(done.stdout.split("imported:")[1].split())
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_imports_nothing_heavy(tmp_path: Path, command: list[str]) -> None:
+    assert not imported_by(tmp_path, f"try: main([*{command}, '--help'])\nexcept SystemExit: pass")
+
+
+def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
+    assert not imported_by(tmp_path, "import hf_plm; hf_plm.load_recipe, hf_plm.UserError")
+    assert imported_by(tmp_path, "import hf_plm; hf_plm.build_model") >= {"torch", "transformers"}
+
+
+def test_mistakes_in_flags_import_nothing_heavy(tmp_path: Path) -> None:
+    mistake = "try: main(['pretrain', 'demo', '--data.trian', 'x.fasta'])\nexcept SystemExit: pass"
+    assert not imported_by(tmp_path, mistake)
+
+
+def collector_after(tmp_path: Path, statement: str) -> list[str]:
+    """After a subcommand imported torch: whether collections go on, and whether its imports are kept out of them."""
+    (tmp_path / "script.py").write_text(
+        f"{statement}\n"
+        "import gc\n"
+        "from hf_plm.cli import main\n"
+        "try: main(['pretrain', 'demo', '--data.train', 'none.fasta', '--run.folder', 'run'])\n"
+        "except SystemExit: print(gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
+    )
+    command = [sys.executable, "script.py"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+
+
+def test_imports_are_kept_out_of_collections(tmp_path: Path) -> None:
+    assert collector_after(tmp_path, "") == ["True", "True"]
+    assert collector_after(tmp_path, "import torch") == ["True", "False"]  # another program's, perhaps
+
+
+def test_collections_go_on_after_an_import_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # of this process, which goes on
+
+    def fail() -> None:
+        with quick_imports():
+            assert not gc.isenabled()
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    assert gc.isenabled()
 
 
 def test_help_of_pretrain_names_every_knob() -> None:
@@ -39,7 +93,7 @@ def test_help_of_pretrain_names_every_knob() -> None:
     assert all(f"--{name} " in done.stdout for name in KNOBS)
 
 
-@pytest.mark.parametrize("command", ["pretrain", "launch", "prepare", "inspect", "simulate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_subcommand_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_plm.models import layers
 from hf_plm.models.objective import PackedMaskedLM, Shape, filled
+from hf_plm.models.packed import packed_hidden_states
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.vocabulary import EOS_ID, IGNORED_LABEL
 
@@ -19,7 +20,8 @@ BATCHES = ((40, 7, 93), (40, 7, 93, 100), (100,), (20,) * 12, (3,) * 60, (100, 1
 def micro_batch(lengths, seed=0):
     input_ids_T, position_ids_T, cu_seqlens, max_seqlen = pack(random_sequences(lengths, seed=seed))
     is_target_T = torch.rand(len(input_ids_T), generator=torch.Generator().manual_seed(seed)) < 0.3
-    return input_ids_T, torch.where(is_target_T, input_ids_T, IGNORED_LABEL), position_ids_T, cu_seqlens, max_seqlen
+    labels_T = torch.where(is_target_T, input_ids_T, IGNORED_LABEL)
+    return input_ids_T, labels_T, position_ids_T, cu_seqlens, max_seqlen, is_target_T.nonzero().squeeze(1)
 
 
 def modules():
@@ -81,10 +83,8 @@ def test_without_the_filling_each_shape_is_compiled(compiled_by):
     counter = compiled_by("eager")
     plain, _ = modules()
     for lengths in BATCHES[:2]:
-        input_ids_T, _, position_ids_T, cu_seqlens, max_seqlen = micro_batch(lengths)
+        input_ids_T, _, position_ids_T, cu_seqlens, max_seqlen, _ = micro_batch(lengths)
         layers.use_packed_layers(plain.model)
-        from hf_plm.models.packed import packed_hidden_states
-
         packed_hidden_states(plain.model, input_ids_T, position_ids_T, cu_seqlens, max_seqlen, is_compiled=True)
     assert counter.frame_count > 2
 
@@ -114,7 +114,7 @@ def test_with_the_kernel_a_layer_is_one_graph():
 
 @pytest.mark.parametrize("lengths", BATCHES)
 def test_the_filling_is_sequences_of_their_own(lengths):
-    input_ids_T, _, position_ids_T, cu_seqlens, max_seqlen = micro_batch(lengths)
+    input_ids_T, _, position_ids_T, cu_seqlens, max_seqlen, _ = micro_batch(lengths)
     ids, positions, bounds, longest = filled(input_ids_T, position_ids_T, cu_seqlens, max_seqlen, SHAPE)
     num_tokens = len(input_ids_T)
     assert len(ids) == len(positions) == bounds[-1] == SHAPE.tokens

@@ -1,6 +1,7 @@
 """Random access to a prepared corpus."""
 
 import multiprocessing
+import os
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +50,38 @@ def test_reads_what_the_ids_say(folder: Path, sequences: list[str]) -> None:
     assert [len(sequence) for sequence in read] == corpus.lengths[indices].tolist()
     assert read != _letters(corpus, indices[::-1]), "the twin: the order of the indices is the order of the sequences"
     assert corpus.lengths.dtype == np.int32
+
+
+def test_reads_windows_alone(folder: Path, sequences: list[str]) -> None:
+    corpus = open_corpus(folder)
+    rng = np.random.default_rng(2)
+    indices = rng.integers(0, len(corpus), 500)
+    bounds = np.sort(rng.integers(0, corpus.lengths[indices] + 1, (2, 500)), axis=0)
+    assert (bounds[0] == bounds[1]).any(), "windows of nothing, too"
+    residues_R, offsets = corpus.read(indices, *bounds)
+    whole = [sequences[int(id_[1:])] for id_ in corpus.ids(indices)]
+    expected = [sequence[begin:end] for sequence, (begin, end) in zip(whole, bounds.T, strict=True)]
+    assert [residues_R[begin:end].tobytes().decode() for begin, end in pairwise(offsets)] == expected
+    assert len(residues_R) == int((bounds[1] - bounds[0]).sum())
+    # A window that ends behind the sequence ends with it, and does not go on in the next one.
+    assert len(corpus.read(indices, bounds[0], corpus.lengths[indices] + 7)[0]) == sum(
+        len(sequence) - begin for sequence, begin in zip(whole, bounds[0], strict=True)
+    )
+
+
+def test_all_windows_are_asked_for_before_the_first_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that serves many reads at once is given them at once; one of nothing would mean the rest of the file."""
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system cannot be told what will be read")
+    corpus, asked = open_corpus(folder), []
+    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, start, size, advice: asked.append((start, size, advice)))
+    lengths = corpus.lengths[:4].tolist()
+    begins, ends = np.array([0, 1, 0, 1]), np.array([lengths[0], 1, lengths[2], lengths[3]])
+    corpus.read(np.arange(4), begins, ends)
+    assert {advice for _, _, advice in asked} == {os.POSIX_FADV_WILLNEED}
+    places = [(start - asked[0][0], size) for start, size, _ in asked]
+    # Sequence 1 is not among them: nothing of it is read.
+    assert places == [(0, lengths[0]), (sum(lengths[:2]), lengths[2]), (sum(lengths[:3]) + 1, lengths[3] - 1)]
 
 
 def test_splits_are_all_there_and_apart(folder: Path, sequences: list[str]) -> None:

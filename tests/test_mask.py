@@ -44,6 +44,35 @@ def test_rates(mask: Mask) -> None:
         assert letters.sum() == changed.sum()
 
 
+def corrupt_one(token: int, first: int, second: int, mask: Mask) -> tuple[int, int]:
+    """What the model sees and is asked at one place, as the knobs are defined: in whole numbers, without NumPy."""
+    if not MAY_BE_TARGET[token] or (first >> 32) >= round(mask.rate * 2**32):
+        return token, IGNORED_LABEL
+    action, letter = second & 0xFFFFFFFF, ((second >> 32) * len(STANDARD_IDS)) >> 32
+    if action < round(mask.mask * 2**32):
+        return MASK_ID, token
+    return (int(STANDARD_IDS[letter]) if action < round((mask.mask + mask.random) * 2**32) else token), token
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(rate=1.0, mask=0.3, random=0.4), Mask(rate=0.5, mask=0.0, random=1.0)])
+def test_a_micro_batch_is_corrupted_as_each_token_alone(mask: Mask) -> None:
+    bits = training_bits(3, 1, 4, 5000)
+    inputs, labels = mask_tokens(IDS[:5000], bits, mask)
+    alone = [corrupt_one(*map(int, place), mask) for place in zip(IDS, *bits, strict=False)]
+    assert inputs.dtype == labels.dtype == np.int64
+    assert list(zip(inputs.tolist(), labels.tolist(), strict=True)) == alone
+    # The twin: bits that are not those of the place.
+    shifted = [corrupt_one(*map(int, place), mask) for place in zip(IDS, *bits[:, ::-1], strict=False)]
+    assert shifted != alone
+
+
+def test_a_micro_batch_without_targets() -> None:
+    specials = np.array([TOKEN_TO_ID["<cls>"], TOKEN_TO_ID["X"], TOKEN_TO_ID["<eos>"]], dtype=np.uint8)
+    inputs, labels = mask_tokens(specials, training_bits(0, 0, 0, 3), Mask(rate=1.0))
+    assert inputs.tolist() == specials.tolist()
+    assert labels.tolist() == [IGNORED_LABEL] * 3
+
+
 def test_targets_are_residues_and_never_specials_gaps_or_x() -> None:
     _, labels = mask_tokens(IDS, training_bits(0, 0, 0, NUM), Mask(rate=1.0))
     seen = {TOKENS[index] for index in set(labels[labels != IGNORED_LABEL].tolist())}

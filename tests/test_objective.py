@@ -43,11 +43,12 @@ def random_step(seed=0):
 def pack(sequences):
     if not sequences:
         nothing = torch.zeros(0, dtype=torch.long)
-        return nothing, nothing, nothing, torch.zeros(1, dtype=torch.int32), 0
+        return nothing, nothing, nothing, torch.zeros(1, dtype=torch.int32), 0, nothing
     lengths = torch.tensor([len(ids_L) for ids_L, _ in sequences])
     position_ids_T = torch.cat([torch.arange(length) for length in lengths.tolist()])
     ids_T, labels_T = (torch.cat(parts) for parts in zip(*sequences, strict=True))
-    return ids_T, labels_T, position_ids_T, pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
+    cu_seqlens, targets_K = pad(lengths.cumsum(0), (1, 0)).int(), (labels_T != IGNORED_LABEL).nonzero().squeeze(1)
+    return ids_T, labels_T, position_ids_T, cu_seqlens, int(lengths.max()), targets_K
 
 
 def gradient(module):

@@ -1,6 +1,6 @@
 """What a step holds: a contiguous run of the order, each sequence once, whole, and hardly a slot empty."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,13 @@ from hf_plm.config import Mask
 from hf_plm.data.corpus import open_corpus
 from hf_plm.data.order import Cursor, order
 from hf_plm.data.pack import (
+    LARGEST_BLOCK,
     Packing,
     best_fit,
     build_micro_batch,
     empty_micro_batch,
     plan_step,
+    plan_steps,
     read_tokens,
     windows_from,
 )
@@ -88,6 +90,28 @@ def test_a_step_is_the_same_from_its_cursor_as_in_a_row() -> None:
     # The twin: another seed holds other sequences.
     other = plan_step(lengths, Packing(512, 2048, 3, 2), 1, first.next_cursor)
     assert set(held.tolist()) != set(np.concatenate([w.indices for w in other.micro_batches]).tolist())
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "packing"), [(40, Packing(512, 8192, 2, 3)), (9000, Packing(512, 8192, 2, 3))]
+)
+def test_steps_in_a_row_are_those_planned_alone(num_sequences: int, packing: Packing) -> None:
+    """Over the ends of epochs, and over blocks that end in the middle of a step."""
+    lengths, start = lengths_of(num_sequences), Cursor(1, num_sequences - 3)
+    in_a_row = list(islice(plan_steps(lengths, packing, 5, start), 300))
+    cursor = start
+    for step, plan in enumerate(in_a_row, start=5):
+        alone = plan_step(lengths, packing, step, cursor)
+        assert (plan.step, plan.cursor, plan.next_cursor) == (alone.step, alone.cursor, alone.next_cursor)
+        for ours, theirs in zip(plan.micro_batches, alone.micro_batches, strict=True):
+            assert vars(ours).keys() == {"indices", "starts", "num_tokens"}
+            assert all(np.array_equal(array, getattr(theirs, name)) for name, array in vars(ours).items())
+        cursor = plan.next_cursor
+    num_taken = (cursor.epoch - 1) * num_sequences + cursor.place - start.place
+    assert num_taken > 2 * LARGEST_BLOCK, "several blocks of the largest size"
+    # The twin: a step planned from a cursor one further on.
+    other = plan_step(lengths, packing, 5, Cursor(1, num_sequences - 2))
+    assert other.micro_batches[0].indices.tolist() != in_a_row[0].micro_batches[0].indices.tolist()
 
 
 @pytest.fixture(scope="module")

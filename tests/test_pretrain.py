@@ -215,8 +215,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets_of_a_step(family_fast
     module = PackedMaskedLM(build_model(esm_config("demo"), seed=0))
     loss_sum, num_targets = torch.zeros(()), 0
     for batch in step.micro_batches:
-        tensors = (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-        loss_sum = loss_sum + module(*tensors)[0]
+        loss_sum = loss_sum + module(*batch.inputs())[0]
         num_targets += batch.num_targets
     loss = loss_sum / num_targets
     loss.backward()

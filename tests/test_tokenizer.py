@@ -1,5 +1,6 @@
 """The tokenizer against transformers' and fair-esm's. Dimensions: B texts, L tokens of a padded row."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,21 @@ def test_ids_are_those_of_transformers_fair_esm_and_the_table(esm_tokenizer, fai
 @given(sequence=cleaned_sequences.filter(lambda sequence: len(set(sequence)) > 1))
 def test_ids_twin(esm_tokenizer, sequence):
     assert TOKENIZER(sequence[::-1] + "A")["input_ids"] != esm_tokenizer(sequence)["input_ids"]
+
+
+def test_encode_is_the_table_for_every_byte():
+    every_byte = bytes(range(256)) * 3
+    expected = [TOKENS.index(chr(byte)) if chr(byte) in RESIDUES + ".-" else UNK_ID for byte in every_byte]
+    array = np.frombuffer(every_byte, dtype=np.uint8)
+    for given_form in (every_byte, array, np.repeat(array, 2)[::2]):  # the last is not contiguous
+        ids = encode(given_form)
+        assert ids.dtype == np.uint8
+        assert ids.tolist() == expected
+    assert encode(b"").tolist() == []
+    with pytest.raises(AssertionError):
+        encode(array.astype(np.int64))
+    # The twin: a lower-case letter is not its residue.
+    assert encode(b"mk").tolist() != encode(b"MK").tolist()
 
 
 def test_the_33_tokens_are_fair_esms(fair_esm_alphabet):

@@ -11,6 +11,8 @@ from hf_plm.config import Mask
 from hf_plm.data.order import TRAINING_CORRUPTION, VALIDATION_CORRUPTION, mix, uniform_below
 from hf_plm.proteins.vocabulary import IGNORED_LABEL, MASK_ID, MAY_BE_TARGET, STANDARD_IDS
 
+# Dimensions: T tokens of a micro-batch, M places in it that are targets.
+
 
 def training_bits(seed: int, step: int, micro_batch: int, num_tokens: int) -> np.ndarray:
     """Random bits, uint64 (2, T), of one micro-batch: one Philox stream per (seed, step, micro-batch)."""
@@ -32,13 +34,17 @@ def mask_tokens(token_ids_T: np.ndarray, bits_2T: np.ndarray, mask: Mask) -> tup
     def threshold(share: float) -> np.uint64:
         return np.uint64(round(share * 2**32))
 
-    is_target_T = MAY_BE_TARGET[token_ids_T] & ((bits_2T[0] >> np.uint64(32)) < threshold(mask.rate))
-    action_T = bits_2T[1] & np.uint64(0xFFFFFFFF)  # the upper half draws the letter
-    is_masked_T = is_target_T & (action_T < threshold(mask.mask))
-    is_random_T = is_target_T & ~is_masked_T & (action_T < threshold(mask.mask + mask.random))
+    # One place in seven is a target, so all that only targets need is computed for these alone.
+    drawn_places = np.flatnonzero((bits_2T[0] >> np.uint64(32)) < threshold(mask.rate))
+    places_M = drawn_places[MAY_BE_TARGET[token_ids_T[drawn_places]]]
+    bits_M = bits_2T[1, places_M]
+    action_M = bits_M & np.uint64(0xFFFFFFFF)  # the upper half draws the letter
+    letters_M = STANDARD_IDS[uniform_below(bits_M, len(STANDARD_IDS))]
 
-    true_T = token_ids_T.astype(np.int64)
-    letters_T = STANDARD_IDS[uniform_below(bits_2T[1], len(STANDARD_IDS))]
-    input_ids_T = np.where(is_masked_T, MASK_ID, np.where(is_random_T, letters_T, true_T))
-    labels_T = np.where(is_target_T, true_T, IGNORED_LABEL)
+    input_ids_T = token_ids_T.astype(np.int64)
+    labels_T = np.full(len(input_ids_T), IGNORED_LABEL, dtype=np.int64)
+    true_M = input_ids_T[places_M]
+    labels_T[places_M] = true_M
+    shown_M = np.where(action_M < threshold(mask.mask + mask.random), letters_M, true_M)
+    input_ids_T[places_M] = np.where(action_M < threshold(mask.mask), MASK_ID, shown_M)
     return input_ids_T, labels_T

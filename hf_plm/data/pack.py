@@ -3,8 +3,8 @@
 A step takes a contiguous run of the epoch's order and packs it best-fit: each window goes where it leaves the least
 room. The run ends at the first window that fits nowhere, which begins the next step. On real proteins (crop 512,
 micro-batches of 8,192) that fills 99.5% of the slots with 8 micro-batches and 97.8% with one, where padding to the
-longest of a batch fills about half. What a step holds depends on lengths alone, so planning a step reads nothing
-and costs half a millisecond and a microsecond per sequence.
+longest of a batch fills about half. What a step holds depends on lengths alone, so planning reads nothing: it costs a
+microsecond per sequence, and half a millisecond where it begins.
 """
 
 import itertools
@@ -17,27 +17,39 @@ import torch
 
 from hf_plm.config import Mask
 from hf_plm.data.corpus import Corpus
-from hf_plm.data.crop import crop_windows
+from hf_plm.data.crop import NUM_SPECIALS, crop_windows
 from hf_plm.data.mask import mask_tokens, training_bits
 from hf_plm.data.order import CROP, Cursor, order
-from hf_plm.proteins.vocabulary import CLS_ID, EOS_ID, encode
+from hf_plm.proteins.vocabulary import CLS_ID, EOS_ID, IGNORED_LABEL, encode
 
 # Dimensions: T tokens of a micro-batch, B sequences in it, R residues read.
+
+LARGEST_BLOCK = 4096
+"""Windows whose places are computed at a time, unless a step holds more."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes: input_ids, labels, position_ids (T,) int64; cu_seqlens (B + 1,) int32."""
+    """What one forward pass takes: input_ids, labels, position_ids (T,) int64; cu_seqlens (B + 1,) int32.
+
+    `targets` (K,) int64 are the positions with a label: found here, where it costs nothing, because a GPU that looks
+    for them keeps the process that feeds it waiting for their number.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    targets: torch.Tensor
 
     @property
     def num_targets(self) -> int:
-        return int((self.labels >= 0).sum())
+        return len(self.targets)
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
+        """The arguments of `hf_plm.models.objective.PackedMaskedLM`."""
+        return self.input_ids, self.labels, self.position_ids, self.cu_seqlens, self.max_seqlen, self.targets
 
     def pin_memory(self) -> "MicroBatch":
         return self._map(torch.Tensor.pin_memory)
@@ -52,6 +64,7 @@ class MicroBatch:
             change(self.position_ids),
             change(self.cu_seqlens),
             self.max_seqlen,
+            change(self.targets),
         )
 
 
@@ -126,38 +139,61 @@ def _joined(parts: list[Windows]) -> Windows:
     return Windows(*(np.concatenate([getattr(part, name) for part in parts]) for name in Windows.__annotations__))
 
 
-def plan_step(lengths: np.ndarray, packing: Packing, step: int, cursor: Cursor) -> StepPlan:
-    """What step `step` holds when it begins at `cursor`; `lengths` are the residues of every sequence, int32 (N,)."""
-    # No step takes fewer windows than of a crop each. Lengths are asked for as they are needed, so that it does not
-    # matter how a corpus is sorted: a guess from the first sequences is far off where they are the longest.
+def plan_steps(lengths: np.ndarray, packing: Packing, step: int, cursor: Cursor) -> Iterator[StepPlan]:
+    """What step `step` holds, which begins at `cursor`, and each step after it, without end.
+
+    `lengths` are the residues of every sequence, int32 (N,).
+    """
+    # No step takes fewer windows than of a crop each. More are asked for as they are needed, so that it does not matter
+    # how a corpus is sorted: a guess from the first sequences is far off where they are the longest. What one step
+    # leaves is the next one's, so the blocks may grow: 4,096 places take three times as long as 40.
     count = packing.micro_batches * packing.tokens // packing.crop + 32
-    parts: list[Windows] = []
+    ahead = windows_from(lengths, packing, cursor, count)
+    lengths_ahead: list[int] = ahead.num_tokens.tolist()
 
     def num_tokens() -> Iterator[int]:
-        for begin in itertools.count(cursor.place, count):
-            at = Cursor(cursor.epoch + begin // len(lengths), begin % len(lengths))
-            parts.append(windows_from(lengths, packing, at, count))
-            yield from parts[-1].num_tokens.tolist()
+        nonlocal ahead, count
+        for place in itertools.count():
+            if place == len(lengths_ahead):
+                count = max(count, min(2 * count, LARGEST_BLOCK))
+                block = windows_from(lengths, packing, _behind(cursor, place, len(lengths)), count)
+                ahead = _joined([ahead, block])
+                lengths_ahead.extend(block.num_tokens.tolist())
+            yield lengths_ahead[place]
 
-    bins = best_fit(num_tokens(), packing.tokens, packing.micro_batches)
-    run = _joined(parts)
-    end = cursor.place + sum(map(len, bins))
-    next_cursor = Cursor(cursor.epoch + end // len(lengths), end % len(lengths))
-    return StepPlan(step, cursor, next_cursor, tuple(run[np.array(bin_, dtype=np.int64)] for bin_ in bins))
+    while True:
+        bins = best_fit(num_tokens(), packing.tokens, packing.micro_batches)
+        num_taken = sum(map(len, bins))
+        next_cursor = _behind(cursor, num_taken, len(lengths))
+        micro_batches = tuple(ahead[np.array(bin_, dtype=np.int64)] for bin_ in bins)
+        yield StepPlan(step, cursor, next_cursor, micro_batches)
+        step, cursor, ahead = step + 1, next_cursor, ahead[num_taken:]
+        del lengths_ahead[:num_taken]
+
+
+def _behind(cursor: Cursor, num_windows: int, num_sequences: int) -> Cursor:
+    """The cursor `num_windows` further on, over as many epochs as they take."""
+    epochs, place = divmod(cursor.place + num_windows, num_sequences)
+    return Cursor(cursor.epoch + epochs, place)
+
+
+def plan_step(lengths: np.ndarray, packing: Packing, step: int, cursor: Cursor) -> StepPlan:
+    """What one step holds, as `plan_steps` has it."""
+    return next(plan_steps(lengths, packing, step, cursor))
 
 
 def read_tokens(corpus: Corpus, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
     """Token ids, uint8 (T,), of the windows end to end, and where each begins, int64 (B + 1,)."""
-    residues_R, offsets = corpus.read(windows.indices)
-    cu_seqlens = np.concatenate([[0], np.cumsum(windows.num_tokens)])
-    num_residues = np.diff(offsets)
     # Token t of a sequence is residue t - 1 of it; tokens 0 and N + 1 are the specials.
-    token_T = np.arange(cu_seqlens[-1]) + np.repeat(windows.starts - cu_seqlens[:-1], windows.num_tokens)
-    last_T = np.repeat(num_residues + 1, windows.num_tokens)
-    residue_T = np.repeat(offsets[:-1] - 1, windows.num_tokens) + token_T
-    ids_T = encode(residues_R)[np.clip(residue_T, 0, len(residues_R) - 1)]
-    ids_T[token_T == 0] = CLS_ID
-    ids_T[token_T == last_T] = EOS_ID
+    num_residues_B, ends_B = corpus.lengths[windows.indices], windows.starts + windows.num_tokens
+    first_residues_B, residue_ends_B = np.maximum(windows.starts - 1, 0), np.minimum(ends_B - 1, num_residues_B)
+    residues_R, _ = corpus.read(windows.indices, first_residues_B, residue_ends_B)
+    has_cls_B, has_eos_B = windows.starts == 0, ends_B == num_residues_B + NUM_SPECIALS
+    cu_seqlens = np.concatenate([[0], np.cumsum(windows.num_tokens)])
+    ids_T, is_residue_T = np.empty(cu_seqlens[-1], dtype=np.uint8), np.ones(cu_seqlens[-1], dtype=bool)
+    for special, places in ((CLS_ID, cu_seqlens[:-1][has_cls_B]), (EOS_ID, cu_seqlens[1:][has_eos_B] - 1)):
+        ids_T[places], is_residue_T[places] = special, False
+    ids_T[is_residue_T] = encode(residues_R)
     return ids_T, cu_seqlens
 
 
@@ -170,6 +206,7 @@ def to_micro_batch(input_ids_T: np.ndarray, labels_T: np.ndarray, cu_seqlens: np
         torch.from_numpy(position_ids_T),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         int(num_tokens.max()),
+        torch.from_numpy(np.flatnonzero(labels_T != IGNORED_LABEL)),
     )
 
 
@@ -183,4 +220,4 @@ def build_micro_batch(corpus: Corpus, plan: StepPlan, micro_batch: int, seed: in
 def empty_micro_batch() -> MicroBatch:
     """Two special tokens and no target: what a process runs in a round for which there is no micro-batch."""
     ids = np.array([CLS_ID, EOS_ID], dtype=np.int64)
-    return to_micro_batch(ids, np.full(2, -100, dtype=np.int64), np.array([0, 2]))
+    return to_micro_batch(ids, np.full(2, IGNORED_LABEL, dtype=np.int64), np.array([0, 2]))

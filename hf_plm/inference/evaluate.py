@@ -106,12 +106,8 @@ def predict(
     module.eval()
     parts: list[Part] = []
     for micro_batch, windows in micro_batches:
-        moved = micro_batch.to(device)
         losses, is_correct, sequences, input_ids, labels = (
-            tensor.cpu().numpy()
-            for tensor in module(
-                moved.input_ids, moved.labels, moved.position_ids, moved.cu_seqlens, moved.max_seqlen, per_target=True
-            )
+            tensor.cpu().numpy() for tensor in module(*micro_batch.to(device).inputs(), per_target=True)
         )
         parts.append((losses.astype(np.float64), is_correct, labels, input_ids, windows[sequences]))
     module.train(was_training)

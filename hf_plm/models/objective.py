@@ -17,7 +17,7 @@ from transformers import EsmForMaskedLM
 
 from hf_plm.models.layers import use_packed_layers
 from hf_plm.models.packed import packed_hidden_states, sequence_index
-from hf_plm.proteins.vocabulary import EOS_ID, IGNORED_LABEL, RESIDUES, TOKEN_TO_ID
+from hf_plm.proteins.vocabulary import EOS_ID, RESIDUES, TOKEN_TO_ID
 
 _FIRST_RESIDUE = min(TOKEN_TO_ID[letter] for letter in RESIDUES)
 assert sorted(TOKEN_TO_ID[letter] for letter in RESIDUES) == list(range(_FIRST_RESIDUE, _FIRST_RESIDUE + len(RESIDUES)))
@@ -49,34 +49,34 @@ class PackedMaskedLM(nn.Module):
         position_ids_T: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
+        targets_K: torch.Tensor,
         per_target: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """(loss sum in nats, fp32; number of targets, int64; number predicted correctly, int64), each of shape ().
 
         With `per_target`: (losses_K fp32, is_correct_K bool, sequence_index_K, input_ids_K, labels_K int64) instead.
-        `labels_T` is -100 where there is no target. A prediction is the most likely residue. A micro-batch without
-        targets, or without tokens, has loss 0 and gives every trained parameter a gradient of zeros.
+        `targets_K` are the positions of the targets, those whose label is not -100. A prediction is the most likely
+        residue. A micro-batch without targets, or without tokens, has loss 0 and gives every trained parameter a
+        gradient of zeros.
         """
         if len(input_ids_T) == 0:
             # An idle rank still runs every layer, or the collectives of the others would wait for it for ever.
             input_ids_T = input_ids_T.new_full((1,), EOS_ID)
-            labels_T = labels_T.new_full((1,), IGNORED_LABEL)
             position_ids_T = position_ids_T.new_zeros(1)
             cu_seqlens, max_seqlen = torch.arange(2, dtype=torch.int32, device=cu_seqlens.device), 1
         packed = (input_ids_T, position_ids_T, cu_seqlens, max_seqlen)
         if self.compiled_for:
             packed = filled(*packed, self.compiled_for)
         hidden_TD = packed_hidden_states(self.model, *packed, is_compiled=self.compiled_for is not None)[-1]
-        positions_K = (labels_T != IGNORED_LABEL).nonzero().squeeze(1)
-        labels_K = labels_T[positions_K]
-        logits_KV = self.model.lm_head(hidden_TD[positions_K]).float()
+        labels_K = labels_T[targets_K]
+        logits_KV = self.model.lm_head(hidden_TD[targets_K]).float()
         losses_K = cross_entropy(logits_KV, labels_K, reduction="none")
         residue_logits = logits_KV.detach()[:, _FIRST_RESIDUE : _FIRST_RESIDUE + len(RESIDUES)]
         is_correct_K = residue_logits.argmax(1) + _FIRST_RESIDUE == labels_K
         if per_target:
-            sequence_index_K = sequence_index(cu_seqlens, len(input_ids_T))[positions_K]
-            return losses_K, is_correct_K, sequence_index_K, input_ids_T[positions_K], labels_K
-        num_targets = torch.tensor(len(labels_K), device=labels_K.device)
+            sequence_index_K = sequence_index(cu_seqlens, len(input_ids_T))[targets_K]
+            return losses_K, is_correct_K, sequence_index_K, input_ids_T[targets_K], labels_K
+        num_targets = torch.full((), len(labels_K), device=labels_K.device)
         return losses_K.sum(), num_targets, is_correct_K.sum()
 
 

@@ -243,8 +243,7 @@ def measure_speed(accelerator: Accelerator, module: PackedMaskedLM, corpus: Corp
     while len(seconds) < 3 or time.perf_counter() - began < CALIBRATION_SECONDS:
         start = time.perf_counter()
         with accelerator.autocast():
-            tensors = (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-            loss_sum = module(*tensors)[0]
+            loss_sum = module(*batch.inputs())[0]
         loss_sum.backward()
         loss_sum.item()  # waits for the device
         seconds.append(time.perf_counter() - start)

@@ -114,9 +114,7 @@ def _run_steps(parts: Parts, meter: Meter, progress: Progress, steps: Iterator[S
         for batch in (micro_batch.to(accelerator.device) for micro_batch in step.micro_batches):
             with accelerator.accumulate(module):
                 with accelerator.autocast():  # which Accelerate leaves out under FSDP2
-                    loss_sum, _, num_correct = module(
-                        batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
-                    )
+                    loss_sum, _, num_correct = module(*batch.inputs())
                 accelerator.backward(loss_sum * (world_size * rounds / max(agreed.num_targets, 1)))
                 sums += torch.stack([loss_sum.detach(), num_correct.float()])
                 is_skipped = accelerator.sync_gradients and _is_spike(parts, sums, agreed.num_targets, trend)
