@@ -200,23 +200,6 @@ def test_layers_have_the_name_that_engines_look_for():
     assert isinstance(model.esm.encoder.layer[0], modeling_esm.EsmLayer)
 
 
-@pytest.mark.parametrize("reason", ["adapter", "shared out"])
-@torch.no_grad()
-def test_projections_are_called_where_their_weights_cannot_be_joined(reason):
-    model, packed = new_model(), pack(random_sequences())
-    expected_TV = packed_logits(model, *packed)
-    called = []
-    for layer in model.esm.encoder.layer:
-        query = layer.attention.self.query
-        query.register_forward_hook(lambda *arguments: called.append(1))
-        if reason == "adapter":
-            query.__class__ = type("Adapted", (torch.nn.Linear,), {})
-        else:
-            query.weight.ds_id = 0
-    torch.testing.assert_close(packed_logits(model, *packed), expected_TV, rtol=0, atol=TOLERANCE)
-    assert len(called) == model.config.num_hidden_layers
-
-
 def fair_esm_twin_of(model):
     """A fair-esm ESM2 with the model's weights; its names come from esm/model/esm2.py and esm/modules.py."""
     from esm.model.esm2 import ESM2
