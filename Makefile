@@ -7,7 +7,7 @@ DATA := corpora/simulated.fasta.gz
 THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-all check format compat bounds wheel clean gpu equivalence faults
+.PHONY: help install pretrain test test-all check format compat bounds wheel clean bench gpu equivalence faults
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,8 +42,15 @@ equivalence: $(READY) ## the same run on 1 to 4 processes and every engine that 
 faults: $(READY) ## kill, stop, starve and damage runs, and see them go on (half an hour)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "not gpu"
 
+bench: $(READY) ## the CPU benchmarks, in runs/bench (20 minutes, on a machine that does nothing else)
+	@$(BIN)/python benchmarks/cpu_train.py --out runs/bench/cpu_train.json
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/input_path.py --out runs/bench/input_path.json
+	@$(BIN)/python benchmarks/startup.py --out runs/bench/startup.json
+	@$(BIN)/python benchmarks/scaling.py --out runs/bench/scaling.json
+
 gpu: $(READY) ## on a machine with a GPU: the tests marked gpu, then the benchmarks
 	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python benchmarks/gpu_train.py --out runs/bench/gpu_train.json
 	@$(BIN)/python benchmarks/saving.py --preset 150m --tokens 16384
 
 check: $(READY) ## format, lint, types, imports

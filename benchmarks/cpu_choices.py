@@ -107,7 +107,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "attention in bf16": {"attention_by_sequence": attention_in_bf16},
     "attention as one padded batch": {"attention_by_sequence": attention_padded},
     "attention with a dense mask": {"attention_by_sequence": attention_dense},
-    "AdamW in steps (foreach)": {"fused": False},
+    "AdamW in steps (foreach)": {"foreach": True},
     "compiled": {"compiled": True},
 }
 
@@ -115,11 +115,12 @@ CHOICES: dict[str, dict[str, Any]] = {
 def contestant(name: str, precision: str) -> Callable[[MicroBatch], None]:
     """A function that takes one step."""
     changed = dict(CHOICES[name])
-    is_fused, is_compiled = changed.pop("fused", True), changed.pop("compiled", False)
+    is_foreach, is_compiled = changed.pop("foreach", False), changed.pop("compiled", False)
     model = build_model(esm_config("8m"), 0)
     module = PackedMaskedLM(model, Shape(TOKENS, CROP) if is_compiled else None).train()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 1e-4, betas=(0.9, 0.98), fused=is_fused)
+    kind = {"foreach": True} if is_foreach else {"fused": True}
+    optimizer = torch.optim.AdamW(parameters, 1e-4, betas=(0.9, 0.98), **kind)
 
     def step(batch: MicroBatch) -> None:
         with ExitStack() as held:

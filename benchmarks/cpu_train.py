@@ -5,9 +5,9 @@
 The 8m preset on real proteins (HF_PLM_DATA, default `../shared/data`), crop 512. A micro-batch has 4,096 tokens here
 and 8 rows of at most 512 there. Every contestant is a process with a whole run in it: the Trainer as it comes, with
 `DataCollatorForLanguageModeling` and sequences that were tokenised beforehand; here `pretrain` itself. They take turns
-of a few steps, one at a time (A B A B ...), while the others wait; tokens/s count real tokens, `<cls>` and `<eos>`
-included, and the ratios are medians of the rounds' ratios. The floor is what the machine's matrix rate allows for the
-operations of `training_flops`, measured in the same run.
+of 4 steps (10 where batches are small), one at a time (A B A B ...), while the others wait. tokens/s count real tokens,
+`<cls>` and `<eos>` included, and the ratios are medians of the rounds' ratios. The floor is what the machine's matrix
+rate, measured in the same run, allows for the operations of `training_flops`.
 """
 
 import argparse
@@ -33,6 +33,9 @@ from hf_plm.proteins.fasta import read_fasta
 
 CROP, TOKENS, STEPS, WARM_UP = 512, 4096, 4, 3
 PRESET = "8m"
+SOURCE = Path(os.environ.get("HF_PLM_DATA", "../shared/data")) / "corpus" / "train.fasta.gz"
+# The Trainer sorts 50 batches at a time by length: a turn of that contestant is every fifth of them.
+GROUPED, STEPS_GROUPED = 50, 10
 CONTESTANTS = {
     "padded.fp32": "Trainer, padded, fp32",
     "grouped.fp32": "Trainer, grouped by length, fp32",
@@ -117,8 +120,27 @@ def run_trainer(fasta: Path, folder: Path, is_grouped: bool, is_bf16: bool) -> N
         logging_strategy="no",
         **grouping,
     )
+
+    class Interleaved(Trainer):
+        def _get_train_sampler(self, *given: Any) -> Any:
+            order = list(super()._get_train_sampler(*given))
+            return interleaved(order, TOKENS // CROP) if is_grouped else order
+
     model = build_model(esm_config(PRESET), 0)
-    Trainer(model, arguments, data_collator=count, train_dataset=dataset, callbacks=[Watch()]).train()
+    Interleaved(model, arguments, data_collator=count, train_dataset=dataset, callbacks=[Watch()]).train()
+
+
+def interleaved(order: list[int], num_rows: int) -> list[int]:
+    """The first 50 batches of an order of sequences, spread so that every turn has long and short ones.
+
+    Grouped by length they come longest first, and a few of them would be no sample: long sequences have more attention
+    to compute, short ones make small batches.
+    """
+    batches = [order[begin : begin + num_rows] for begin in range(0, len(order), num_rows)]
+    num_turns = GROUPED // STEPS_GROUPED
+    spread = [batches[place] for turn in range(num_turns) for place in range(turn, GROUPED, num_turns)]
+    warm_up = batches[GROUPED : GROUPED + WARM_UP]
+    return [index for batch in (*warm_up, *spread, *batches[GROUPED + WARM_UP :]) for index in batch]
 
 
 def run_ours(fasta: Path, folder: Path, precision: str, options: list[str]) -> None:
@@ -221,7 +243,7 @@ def compete(
         speeds: dict[str, list[float]] = {name: [] for name in names}
         for count in range(rounds):
             for name in names:
-                speeds[name].append(turn(name, STEPS))
+                speeds[name].append(turn(name, STEPS_GROUPED if name.startswith("grouped") else STEPS))
             latest = ", ".join(f"{name} {speeds[name][-1]:,.0f}" for name in names)
             print(f"{threads} threads, round {count + 1} of {rounds}: {latest}", file=sys.stderr, flush=True)
         return speeds
@@ -233,10 +255,7 @@ def compete(
 
 def sample(folder: Path, num_sequences: int) -> Path:
     """Real proteins, the same ones for every contestant, and a few to hold out."""
-    source = Path(os.environ.get("HF_PLM_DATA", "../shared/data")) / "corpus" / "train.fasta.gz"
-    if not source.exists():
-        raise SystemExit(f"{source} is not there: say with HF_PLM_DATA where the real proteins are.")
-    records = list(read_fasta(source))
+    records = list(read_fasta(SOURCE))
     chosen = random.Random(0).sample(records, num_sequences + 100)
     for name, part in (("train.fasta", chosen[100:]), ("held_out.fasta", chosen[:100])):
         text = "".join(f">{record.id}\n{record.sequence}\n" for record in part)
@@ -260,6 +279,11 @@ def main() -> None:
     rows: list[Row] = []
     lines: list[list[str]] = []
     speeds: dict[int, dict[str, list[float]]] = {}
+    if not SOURCE.exists():
+        names = [f"cpu.ratio.{ours}.over.{theirs}.{n}_threads" for n in arguments.threads for ours, theirs in RATIOS]
+        sentence = f"{SOURCE} is not there: say with HF_PLM_DATA where the real proteins are."
+        finish(sentence, [(name, None, "x") for name in names], arguments.out)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fasta = sample(folder, 4000)

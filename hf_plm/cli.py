@@ -82,12 +82,14 @@ def quick_imports() -> Iterator[None]:
     if "torch" in sys.modules:  # by the program that calls this one: then its garbage is not ours to keep
         yield
         return
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def _parser() -> argparse.ArgumentParser:

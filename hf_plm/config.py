@@ -152,7 +152,7 @@ class Run:
     folder: str | None = knob(None, "where the run writes everything", may_change=True)
     seed: int = knob(0, "seed of weights, order, crops and corruption")
     precision: str = knob("auto", "fp32, bf16, or auto: what the launcher says, else bf16 on GPUs that have it")
-    compile: str = knob("auto", "compile the layers by torch.compile: yes, no, or auto: on GPUs", may_change=True)
+    compile: bool | None = knob(None, "compile the layers by torch.compile; auto: on GPUs", may_change=True)
     log_every: int = knob(10, "steps between lines of metrics", may_change=True)
     trackers: tuple[str, ...] = knob(("tensorboard",), "tensorboard, wandb, trackio; none to switch off", True)
     record: bool = knob(
@@ -239,7 +239,9 @@ class Knob:
     @property
     def may_be_auto(self) -> bool:
         """Whether `auto` leaves the choice to the machine."""
-        return self.default == "auto" or (isinstance(self.type, types.UnionType) and int in typing.get_args(self.type))
+        return self.default == "auto" or (
+            isinstance(self.type, types.UnionType) and not {int, bool}.isdisjoint(typing.get_args(self.type))
+        )
 
 
 def _all_knobs() -> dict[str, Knob]:

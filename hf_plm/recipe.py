@@ -203,7 +203,6 @@ def _check(recipe: Recipe) -> None:
         "data.gaps": ("reject", "strip"),
         "data.duplicates": ("drop", "keep"),
         "run.precision": ("auto", "fp32", "bf16"),
-        "run.compile": ("auto", "yes", "no"),
         "spike.action": ("none", "skip", "rollback"),
     }.items():
         value = recipe[name]

@@ -1,17 +1,20 @@
 """Compiled layers: the same numbers, one graph, and nothing compiled anew for a micro-batch of another shape."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_packed import pack, random_sequences, spread
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from hf_plm.config import Recipe, UserError
 from hf_plm.models import layers
 from hf_plm.models.objective import PackedMaskedLM, Shape, filled
 from hf_plm.models.packed import packed_hidden_states
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.vocabulary import EOS_ID, IGNORED_LABEL
+from hf_plm.training import start
 
 SHAPE = Shape(tokens=256, crop=100)
 BATCHES = ((40, 7, 93), (40, 7, 93, 100), (100,), (20,) * 12, (3,) * 60, (100, 100, 56))
@@ -126,9 +129,60 @@ def test_the_filling_is_sequences_of_their_own(lengths):
     assert 0 < bounds.diff().min() <= bounds.diff().max() <= SHAPE.crop
 
 
+@pytest.mark.parametrize(
+    ("wanted", "device", "engine", "obstacle", "expected"),
+    [
+        (None, "cpu", "one process", "", None),
+        (None, "cuda", "DDP", "", SHAPE),
+        (None, "cuda", "ZeRO-3", "", None),
+        (None, "cuda", "one process", "no Triton", None),
+        (False, "cuda", "one process", "", None),
+        (True, "cpu", "one process", "", SHAPE),
+        (True, "cpu", "one process", "no compiler", UserError),
+        (True, "cuda", "ZeRO-3", "", UserError),
+    ],
+)
+def test_what_is_compiled(wanted, device, engine, obstacle, expected, monkeypatch, capsys):
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=1, is_main_process=True)
+    monkeypatch.setattr(start, "engine_name", lambda accelerator: engine)
+    monkeypatch.setattr(start, "compile_obstacle", lambda device: obstacle)
+    recipe = Recipe().replace(run__compile=wanted, batch__tokens=SHAPE.tokens, data__crop=SHAPE.crop)
+    if expected is UserError:
+        with pytest.raises(UserError, match="cannot be compiled"):
+            start.shape_to_compile(recipe, accelerator)
+        return
+    assert start.shape_to_compile(recipe, accelerator) == expected
+    is_told = wanted is None and device == "cuda" and expected is None
+    assert ("run uncompiled" in capsys.readouterr().out) == is_told
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_layers_on_a_gpu():
+    """The same numbers to bf16, one graph for forward and backward of all layers, and no wait for the device."""
+    torch._dynamo.reset()
+    plain, compiled = (module.cuda() for module in modules())
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    for seed, lengths in enumerate(BATCHES):
+        batch = [x.cuda() if isinstance(x, torch.Tensor) else x for x in micro_batch(lengths, seed)]
+        with torch.autocast("cuda", torch.bfloat16):
+            expected, found = loss_and_gradients(plain, batch), loss_and_gradients(compiled, batch)
+        torch.testing.assert_close(found[0], expected[0], rtol=0.02, atol=0)
+        assert (found[3] - expected[3]).abs().max() < 0.05 * expected[3].abs().max()
+    assert counters["unique_graphs"] - before == 1
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for module in (plain, compiled):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss_and_gradients(module, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_an_obstacle_is_named(monkeypatch):
     def fails(*arguments, **options):
         raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    monkeypatch.setattr(layers, "compiled_layer", lambda: fails)
     assert layers.compile_obstacle(torch.device("cpu")) == "RuntimeError: no compiler here"

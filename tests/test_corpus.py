@@ -73,11 +73,29 @@ def test_all_windows_are_asked_for_before_the_first_is_read(folder: Path, monkey
     """A disk that serves many reads at once is given them at once; one of nothing would mean the rest of the file."""
     if not hasattr(os, "posix_fadvise"):
         pytest.skip("this system cannot be told what will be read")
-    corpus, asked = open_corpus(folder), []
-    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, start, size, advice: asked.append((start, size, advice)))
+    corpus, asked, done = open_corpus(folder), [], []
+
+    def announce(descriptor: int, start: int, size: int, advice: int) -> None:
+        asked.append((start, size, advice))
+        done.append("asked for")
+
+    monkeypatch.setattr("os.posix_fadvise", announce)
+
+    class Watched:
+        def __init__(self, file: pyarrow.NativeFile) -> None:
+            self.file = file
+
+        def read_at(self, size: int, start: int) -> bytes:
+            if any(start == place and size == length for place, length, _ in asked):
+                done.append("read")
+            return self.file.read_at(size, start)
+
+    chunks = corpus._sequences._chunks
+    chunks[:] = [(Watched(file), *others) for file, *others in chunks]
     lengths = corpus.lengths[:4].tolist()
     begins, ends = np.array([0, 1, 0, 1]), np.array([lengths[0], 1, lengths[2], lengths[3]])
     corpus.read(np.arange(4), begins, ends)
+    assert done == ["asked for"] * 3 + ["read"] * 3
     assert {advice for _, _, advice in asked} == {os.POSIX_FADV_WILLNEED}
     places = [(start - asked[0][0], size) for start, size, _ in asked]
     # Sequence 1 is not among them: nothing of it is read.

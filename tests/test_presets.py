@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import EsmConfig
 
 from hf_plm.config import UserError
-from hf_plm.models.presets import PRESETS, build_model, esm_config, num_parameters
+from hf_plm.models.presets import PRESETS, build_model, esm_config, num_parameters, training_flops
 
 SMALL = {"num_layers": 2, "width": 32, "num_heads": 4}
 
@@ -118,3 +119,16 @@ def test_the_contact_head_is_frozen_and_nothing_else():
         if not parameter.requires_grad
     ]
     assert frozen == ["esm.contact_head.regression.weight", "esm.contact_head.regression.bias"]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_targets"), [(24, 24), (40, 6)])
+def test_operations_are_those_that_torch_counts(num_tokens, num_targets):
+    """Of the stock model on one sequence, forward and backward, with the head at the targets."""
+    config = esm_config("demo")
+    model = build_model(config, 0)
+    model.set_attn_implementation("eager")
+    ids_1L = torch.full((1, num_tokens), 5)
+    with FlopCounterMode(display=False) as counter:
+        model.lm_head(model.esm(ids_1L)[0][:, :num_targets]).sum().backward()
+    assert counter.get_total_flops() == training_flops(config, num_tokens, num_targets, num_tokens**2)
+    assert counter.get_total_flops() != training_flops(config, num_tokens, num_targets, 2 * num_tokens**2)  # the twin

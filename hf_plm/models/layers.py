@@ -19,9 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import gelu
+from transformers import EsmConfig
 from transformers.models.esm import modeling_esm
 
-from hf_plm.models.attention import Packing, attention_by_sequence, varlen_attention
+from hf_plm.models.attention import (
+    VARLEN_ROUTE,
+    Packing,
+    attention_by_sequence,
+    attention_route,
+    varlen_attention,
+)
 
 
 class EsmLayer(modeling_esm.EsmLayer):
@@ -62,10 +69,19 @@ def compiled_layer() -> Callable[..., torch.Tensor]:
 
 
 def compile_obstacle(device: torch.device) -> str:
-    """Why nothing can be compiled for this device here; empty where it can. Tried on a small function."""
+    """Why the layers cannot be compiled for this device here; empty where they can. Tried on a small one."""
+    # A layer is a graph already, so that DDP needs none of it cut to send gradients while others are computed.
+    torch._dynamo.config.optimize_ddp = False
     try:
-        function = torch.compile(lambda x: gelu(x) + 1)
-        function(torch.ones(2, 16, device=device, requires_grad=True)).sum().backward()
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            config = EsmConfig(hidden_size=64, num_attention_heads=2, intermediate_size=128, vocab_size=33)
+            layer, hidden_TD = EsmLayer(config), torch.ones(64, 64, requires_grad=True)
+            cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32)
+            tables = (torch.ones(64, 16), torch.zeros(64, 16))
+        with torch.autocast(device.type, torch.bfloat16):
+            has_kernel = attention_route(device, torch.bfloat16, 32) == VARLEN_ROUTE
+            packing = Packing(cu_seqlens, None if has_kernel else cu_seqlens.cpu(), 40, *tables, is_compiled=True)
+            layer(hidden_TD, packing=packing).sum().backward()
     except (RuntimeError, ImportError, OSError, SubprocessError) as error:  # no compiler, no Triton, an older GPU
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     return ""

@@ -92,11 +92,13 @@ def filled(
     num_tokens = len(input_ids_T)
     missing = shape.tokens - num_tokens
     assert missing >= 0
-    # Without a look at the device: where the filling is cut follows from lengths that are known here.
-    ends = [*range(num_tokens + shape.crop, shape.tokens, shape.crop), *[shape.tokens] * (missing > 0)]
+    # Made on the device: nothing is sent to it, and nothing waits for it.
+    ends = torch.arange(
+        num_tokens + shape.crop, shape.tokens + shape.crop, shape.crop, dtype=torch.int32, device=cu_seqlens.device
+    )
     return (
         pad(input_ids_T, (0, missing), value=EOS_ID),
         pad(position_ids_T, (0, missing)),
-        torch.cat([cu_seqlens, torch.tensor(ends, dtype=torch.int32).to(cu_seqlens.device, non_blocking=True)]),
+        torch.cat([cu_seqlens, ends.clamp_(max=shape.tokens)]),
         shape.crop,
     )

@@ -80,8 +80,8 @@ def packed_hidden_states(
     on_device = attention_route(input_ids_T.device, compute_dtype(model), head_dim) == VARLEN_ROUTE
     cu_seqlens_cpu = None if on_device else cu_seqlens.cpu()
     # The first argument says which device and precision; transformers repeats each angle for the other half of a head.
-    tables = esm.rotary_embeddings(hidden_TD.new_empty(0, dtype=torch.float32), position_ids_T)
-    cos_TK, sin_TK = (table_TK[:, : head_dim // 2].contiguous() for table_TK in tables)
+    tables = esm.rotary_embeddings(hidden_TD.new_empty(0, dtype=torch.float32), position_ids_T[None])
+    cos_TK, sin_TK = (table_1TK[0, :, : head_dim // 2].contiguous() for table_1TK in tables)
     packing = Packing(cu_seqlens, cu_seqlens_cpu, max_seqlen, cos_TK, sin_TK, is_compiled)
     hidden = [hidden_TD]
     for layer in esm.encoder.layer:

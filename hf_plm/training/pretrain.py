@@ -23,7 +23,7 @@ from hf_plm.data.simulate import is_simulated
 from hf_plm.inference.evaluate import Evaluation, evaluation, predict
 from hf_plm.models.attention import attention_route
 from hf_plm.models.hub import load_hub_folder
-from hf_plm.models.objective import PackedMaskedLM
+from hf_plm.models.objective import PackedMaskedLM, Shape
 from hf_plm.models.presets import build_model, esm_config, num_parameters
 from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.training import run_folder
@@ -142,6 +142,8 @@ def _run(
     module = PackedMaskedLM(model.to(accelerator.device), shape)
     if earlier is None:
         recipe = resolve_on(recipe, accelerator, module, train, held_out)
+    if shape:  # a machine without a GPU may have been given smaller micro-batches
+        module.compiled_for = Shape(recipe.batch.tokens, recipe.data.crop)
     assert recipe.batch.micro_batches is not None
     check_split(recipe, accelerator)  # before anything is written: a refused run has not begun
     on_main(accelerator, lambda: begin(recipe, earlier, train, held_out, weights))

@@ -257,7 +257,7 @@ class Numbers:
 
     def __init__(self, on_device: torch.Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
-        self._numbers = on_device.detach().to("cpu", non_blocking=True)
+        self._numbers = on_device.detach().to("cpu", non_blocking=on_device.is_cuda)
         if on_device.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()

@@ -112,13 +112,16 @@ def check_split(recipe: Recipe, accelerator: Accelerator) -> None:
 def shape_to_compile(recipe: Recipe, accelerator: Accelerator) -> Shape | None:
     """What the layers are compiled for, the same on all processes; None where they run uncompiled."""
     wanted, device = recipe.run.compile, accelerator.device
-    if wanted == "no" or (wanted == "auto" and device.type != "cuda"):
+    if wanted is False or (wanted is None and device.type != "cuda"):
         return None
     if engine_name(accelerator) == "ZeRO-3":
         obstacle = "ZeRO-3 brings the weights together module by module"
+    elif recipe.model.activation_checkpointing and wanted is None:
+        # Recomputed on another thread than the first time, a graph may be another one: not proven on a GPU yet.
+        obstacle = "activations are recomputed; --run.compile true tries it"
     else:
         obstacle = next(filter(None, gather(accelerator, compile_obstacle(device))), "")
-    if obstacle and wanted == "yes":
+    if obstacle and wanted:
         raise UserError(f"The layers cannot be compiled ({obstacle}); leave --run.compile out.")
     if obstacle:
         say(accelerator, f"The layers run uncompiled ({obstacle}): the same numbers, more slowly.")

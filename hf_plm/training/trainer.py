@@ -163,7 +163,7 @@ def _send(sums: torch.Tensor, norm: Any) -> Numbers:
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     elif not isinstance(norm, torch.Tensor):
-        norm = sums.new_tensor(math.nan if norm is None else norm)
+        norm = torch.full((), math.nan if norm is None else norm, device=sums.device)
     return Numbers(torch.cat([sums, norm.reshape(1).to(sums)]))
 
 
