@@ -9,6 +9,7 @@ ONE_BF16 = Member("one_bf16", "cpu", precision="bf16")
 
 STRICT = (("batch.strict", "true"),)
 RECOMPUTED = (("model.activation_checkpointing", "true"),)
+COMPILED = (("run.compile", "true"),)
 
 
 def workers(number: int) -> tuple[tuple[str, str], ...]:
@@ -42,6 +43,10 @@ FP32 = [
     Member("zero3_x2_workers_2", "zero3", 2, knobs=workers(2)),
     Member("zero3_x2_recomputed", "zero3", 2, knobs=RECOMPUTED),
     Member("zero3_offload_x2", "zero3_offload", 2),
+    Member("one_compiled", "cpu", knobs=COMPILED),
+    Member("ddp_x2_compiled", "ddp", 2, knobs=COMPILED),
+    Member("ddp_x2_recomputed_compiled", "ddp", 2, knobs=RECOMPUTED + COMPILED),
+    Member("zero2_x2_compiled", "zero2", 2, knobs=COMPILED),
     Member("multi_node_ddp", "multi_node_ddp", 2, machines=2),
     Member("multi_node_zero2", "multi_node_zero2", 2, machines=2),
 ]
