@@ -60,11 +60,12 @@ class RotateInSteps:
     """As transformers writes it, with autograd's own backward pass."""
 
     @staticmethod
-    def apply(x_THK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
-        x_THK = x_THK.float()
+    def apply(x_THK: torch.Tensor, cos_THK: torch.Tensor, sin_THK: torch.Tensor) -> torch.Tensor:
+        x_THK, half = x_THK.float(), x_THK.shape[-1] // 2
         first_THK, second_THK = x_THK.chunk(2, dim=-1)
         turned_THK = torch.cat([-second_THK, first_THK], dim=-1)
-        return x_THK * torch.cat([cos_TK] * 2, -1)[:, None] + turned_THK * torch.cat([sin_TK] * 2, -1)[:, None]
+        sin_T1K = torch.cat([-sin_THK[:, :1, :half], sin_THK[:, :1, half:]], dim=-1)
+        return x_THK * cos_THK[:, :1] + turned_THK * sin_T1K
 
 
 def attention_in_bf16(*arguments: Any) -> torch.Tensor:

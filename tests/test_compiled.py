@@ -104,7 +104,7 @@ def test_with_the_kernel_a_layer_is_one_graph():
 
     torch._dynamo.reset()
     layer = modules()[0].model.esm.encoder.layer[0]
-    tables = (torch.ones(SHAPE.tokens, 8), torch.zeros(SHAPE.tokens, 8))
+    tables = (torch.ones(SHAPE.tokens, 1, 16), torch.zeros(SHAPE.tokens, 1, 16))
     bounds = torch.tensor([0, 100, 200, SHAPE.tokens], dtype=torch.int32)
     function = torch.compile(layers.packed_layer, backend=backend, fullgraph=True)
     with torch.no_grad():

@@ -28,8 +28,8 @@ class Packing:
     cu_seqlens: torch.Tensor  # (B+1,) int32
     cu_seqlens_cpu: torch.Tensor | None  # None where the kernel runs
     max_seqlen: int
-    cos_TK: torch.Tensor  # fp32, with K half the width of a head
-    sin_TK: torch.Tensor
+    cos_THK: torch.Tensor  # fp32; H is 1 or the number of heads
+    sin_THK: torch.Tensor  # with a minus in the first half of each head
     is_compiled: bool = False
 
 
