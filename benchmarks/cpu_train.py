@@ -5,7 +5,7 @@
 The 8m preset on real proteins (HF_PLM_DATA, default `../shared/data`), crop 512. A micro-batch has 4,096 tokens here
 and 8 rows of at most 512 there. Every contestant is a process with a whole run in it: the Trainer as it comes, with
 `DataCollatorForLanguageModeling` and sequences that were tokenised beforehand; here `pretrain` itself. They take turns
-of 4 steps (10 where batches are small), one at a time (A B A B ...), while the others wait. tokens/s count real tokens,
+of 3 steps (5 where batches are small), one at a time (A B A B ...), while the others wait. tokens/s count real tokens,
 `<cls>` and `<eos>` included, and the ratios are medians of the rounds' ratios. The floor is what the machine's matrix
 rate, measured in the same run, allows for the operations of `training_flops`.
 """
@@ -31,11 +31,11 @@ from hf_plm.config import Mask
 from hf_plm.models.presets import build_model, esm_config, training_flops
 from hf_plm.proteins.fasta import read_fasta
 
-CROP, TOKENS, STEPS, WARM_UP = 512, 4096, 4, 3
+CROP, TOKENS, STEPS, WARM_UP = 512, 4096, 3, 3
 PRESET = "8m"
 SOURCE = Path(os.environ.get("HF_PLM_DATA", "../shared/data")) / "corpus" / "train.fasta.gz"
-# The Trainer sorts 50 batches at a time by length: a turn of that contestant is every fifth of them.
-GROUPED, STEPS_GROUPED = 50, 10
+# The Trainer sorts 50 batches at a time by length: a turn of that contestant is every tenth of them.
+GROUPED, STEPS_GROUPED = 50, 5
 CONTESTANTS = {
     "padded.fp32": "Trainer, padded, fp32",
     "grouped.fp32": "Trainer, grouped by length, fp32",

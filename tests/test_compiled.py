@@ -46,7 +46,7 @@ def compiled_by(monkeypatch):
 
     def set_backend(backend):
         counter = CompileCounterWithBackend(backend)
-        function = torch.compile(layers.packed_layer, backend=counter)
+        function = layers.compiled_layer.__wrapped__(counter)
         monkeypatch.setattr(layers, "compiled_layer", lambda: function)
         return counter
 
@@ -79,6 +79,19 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(backend, precision,
             assert (found[3] - expected[3]).abs().max() < tolerance * expected[3].abs().max()
     # What comes before attention by sequence, which stays outside of any graph, and what comes after: of all layers.
     assert counter.frame_count == 2
+
+
+def test_sizes_are_constants_though_another_was_tried_first(compiled_by):
+    counter = compiled_by("eager")
+    assert layers.compile_obstacle(torch.device("cpu")) == ""
+    tried = counter.frame_count
+    for seed, lengths in enumerate(BATCHES[:3]):
+        loss_and_gradients(modules()[1], micro_batch(lengths, seed))
+    assert counter.frame_count == 2 * tried == 4
+    inputs = [node for node in counter.graphs[tried].graph.nodes if node.op == "placeholder"]
+    sizes = [size for node in inputs for size in getattr(node.meta.get("example_value"), "shape", ())]
+    assert SHAPE.tokens in sizes
+    assert all(isinstance(size, int) for size in sizes)
 
 
 def test_without_the_filling_each_shape_is_compiled(compiled_by):

@@ -63,9 +63,13 @@ def use_packed_layers(model: nn.Module) -> None:
 
 
 @functools.cache
-def compiled_layer() -> Callable[..., torch.Tensor]:
-    """`packed_layer`, compiled once for all layers of a model, since they differ in their weights alone."""
-    return torch.compile(packed_layer)
+def compiled_layer(backend: Any = "inductor") -> Callable[..., torch.Tensor]:
+    """`packed_layer`, compiled once for all layers of a model, since they differ in their weights alone.
+
+    Sizes are constants of the graph, but for those marked: left to itself, torch would make every size variable once it
+    has seen two, a trial's and the run's, or the training's and another model's.
+    """
+    return torch.compile(packed_layer, backend=backend, dynamic=False)
 
 
 def compile_obstacle(device: torch.device) -> str:
