@@ -1,8 +1,8 @@
 """The layers of a stock ESM over packed sequences: the same parameters and the same numbers in fewer passes.
 
 transformers' layer writes its GELU as five passes over the widest tensor of the model and its rotation as ten. Here
-GELU is torch's own, which makes a training step 5 to 10% faster or more on a CPU, and the rotation has its backward pass
-written out. On GPUs the layer is compiled on top of that, as one graph. docs/benchmarks has what else was tried.
+GELU is torch's own, which makes a training step on a CPU at least 5 to 10% faster, and the rotation has its backward
+pass written out. On GPUs the layer is compiled on top of that, as one graph. docs/benchmarks has what else was tried.
 
 The layers stay transformers' own objects with a `forward` put before theirs: what shards them, recomputes them or looks
 for them by name (FSDP2, activation checkpointing, DeepSpeed) sees an `EsmLayer`. A call without a packing goes on to
