@@ -10,7 +10,7 @@ from hf_plm.config import UserError
 from hf_plm.data.corpus import Corpus, open_corpus
 from hf_plm.data.manifest import is_corpus, read_manifest, report
 from hf_plm.data.order import Cursor
-from hf_plm.data.pack import Packing, StepPlan, build_micro_batch, plan_step
+from hf_plm.data.pack import Packing, StepPlan, build_micro_batch, plan_steps
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import list_checkpoints
 
@@ -57,9 +57,10 @@ def _nearest_cursor(folder: Path, step: int) -> tuple[int, Cursor]:
 
 def plan_of_step(corpus: Corpus, packing: Packing, step: int, known: int, cursor: Cursor) -> StepPlan:
     """The plan of `step`, walking on from a step whose cursor is known: from lengths alone."""
-    for earlier in tqdm(range(known, step), desc="planning", disable=step - known < 1000, unit="step"):
-        cursor = plan_step(corpus.lengths, packing, earlier, cursor).next_cursor
-    return plan_step(corpus.lengths, packing, step, cursor)
+    plans = plan_steps(corpus.lengths, packing, known, cursor)
+    for _ in tqdm(range(known, step), desc="planning", disable=step - known < 1000, unit="step"):
+        next(plans)
+    return next(plans)
 
 
 def _describe(folder: Path, step: int) -> str:
