@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from hf_plm.training.runtime import processor
+
 Row = tuple[str, float | None, str]
 """Name, value (None: not measured), unit."""
 
@@ -22,21 +24,13 @@ def machine() -> dict[str, Any]:
     """Hardware and versions that the numbers depend on."""
     names = ("hf_plm", "torch", "transformers", "accelerate", "datasets", "numpy")
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table(heading: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_plm.config import Recipe, UserError
 from hf_plm.models import layers
+from hf_plm.models.attention import Packing
 from hf_plm.models.objective import PackedMaskedLM, Shape, filled
 from hf_plm.models.packed import packed_hidden_states
 from hf_plm.models.presets import build_model, esm_config
@@ -126,6 +127,34 @@ def test_with_the_kernel_a_layer_is_one_graph():
     assert "varlen" in str(traced[0].code)
     with pytest.raises(torch._dynamo.exc.Unsupported):  # the twin: the other route breaks it
         function(layer, torch.zeros(SHAPE.tokens, 32), *tables, bounds, bounds, SHAPE.crop)
+
+
+def test_with_the_kernel_any_number_of_sequences_is_one_graph(monkeypatch):
+    traced = []
+
+    def backend(graph, examples):
+        traced.append(graph)
+        return lambda *inputs: (torch.zeros(SHAPE.tokens, 32),)
+
+    torch._dynamo.reset()
+    function = layers.compiled_layer.__wrapped__(backend)
+    monkeypatch.setattr(layers, "compiled_layer", lambda: function)
+    layer = modules()[0].model.esm.encoder.layer[0]
+    tables = (torch.ones(SHAPE.tokens, 1, 16), torch.zeros(SHAPE.tokens, 1, 16))
+    for bounds in ([0, 100, 200, 256], [0, 60, 120, 180, 256], [0, 10, 20, 90, 120, 180, 256]):
+        packing = Packing(torch.tensor(bounds, dtype=torch.int32), None, SHAPE.crop, *tables, is_compiled=True)
+        with torch.no_grad():
+            layer(torch.zeros(SHAPE.tokens, 32), packing=packing)
+    assert len(traced) == 1
+
+
+def test_recomputed_layers_are_compiled_only_where_asked(monkeypatch):
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
+    monkeypatch.setattr(start, "engine_name", lambda accelerator: "DDP")
+    monkeypatch.setattr(start, "compile_obstacle", lambda device: "")
+    recipe = Recipe().replace(model__activation_checkpointing=True)
+    assert start.shape_to_compile(recipe, accelerator) is None
+    assert start.shape_to_compile(recipe.replace(run__compile=True), accelerator) is not None
 
 
 @pytest.mark.parametrize("lengths", BATCHES)

@@ -152,6 +152,8 @@ def test_a_micro_batch_carries_positions_that_restart(five: Path) -> None:
     expected = torch.cat([torch.arange(end - begin) for begin, end in pairwise(bounds)])
     assert torch.equal(batch.position_ids, expected)
     assert batch.max_seqlen == max(np.diff(bounds))
+    assert batch.num_targets == len(batch.targets) > 0
+    assert torch.equal(batch.targets, (batch.labels != -100).nonzero().squeeze(1))
     again = build_micro_batch(corpus, plan, 1, 0, Mask())
     assert torch.equal(batch.labels, again.labels)
     assert not torch.equal(batch.labels, build_micro_batch(corpus, plan, 1, 1, Mask()).labels)

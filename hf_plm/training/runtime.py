@@ -117,7 +117,7 @@ def machine_facts(accelerator: Accelerator) -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "numpy": np.__version__,
-        "device": torch.cuda.get_device_name() if is_cuda else f"{accelerator.device.type} {_processor()}",
+        "device": torch.cuda.get_device_name() if is_cuda else f"{accelerator.device.type} {processor()}",
         "threads": torch.get_num_threads(),
         "engine": engine_name(accelerator),
         "processes": accelerator.num_processes,
@@ -125,7 +125,8 @@ def machine_facts(accelerator: Accelerator) -> dict[str, str | int]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as the system gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
