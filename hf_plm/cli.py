@@ -191,6 +191,47 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="folder to write, or esm2_NAME.pt file (default: in RUN/exports)")
     export.set_defaults(run=_export)
 
+    embed = commands.add_parser(
+        "embed",
+        help="embed proteins with any published encoder",
+        description="The vectors of proteins, from any model that AutoModel opens with one token per residue. Stopped "
+        "in any way, the same command goes on.",
+        epilog="Under accelerate launch (launch/embed.py) several processes share the proteins.",
+    )
+    embed.add_argument("sources", nargs="+", help=_meaning("data.train"))
+    embed.add_argument("--model", required=True, help="a folder, a finished run or a repository on the Hub")
+    embed.add_argument(
+        "--out", required=True, type=Path, help="file to write: .safetensors, .h5, .parquet or .npz, by its name"
+    )
+    embed.add_argument(
+        "--pool",
+        nargs="+",
+        default=["mean"],
+        metavar="POOLING",
+        help="mean, cls, max over a protein, none for a row per residue; several are kept side by side (mean)",
+    )
+    embed.add_argument("--layer", type=int, default=-1, help="0 the embeddings, -1 what the last layer gives (-1)")
+    embed.add_argument("--precision", default="auto", help="of products: fp32, bf16, fp16 (fp32, on GPUs bf16)")
+    embed.add_argument("--dtype", default="float32", help="of what is written: float32 or float16 (float32)")
+    embed.add_argument(
+        "--sites", help="a row for each residue of these letters (STY) or of this table: its vector, the protein's mean"
+    )
+    embed.add_argument(
+        "--long", default="window", help="longer proteins than --max-length: window, crop or refuse (window)"
+    )
+    embed.add_argument("--max-length", type=int, help="residues taken at once (what the model takes)")
+    embed.add_argument("--backend", default="torch", help="torch, or onnx: ONNX Runtime on CPUs (torch)")
+    embed.add_argument("--int8", action="store_true", help="with --backend onnx: 8-bit products; says what that costs")
+    embed.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (the GPU where there is one)")
+    embed.add_argument("--threads", type=int, help="CPU cores to use (all)")
+    for name in ("illegal", "gaps"):
+        item = KNOBS[f"data.{name}"]
+        embed.add_argument(f"--{name}", default=item.default, help=_meaning(item.name))
+    item = KNOBS["data.max_rejected"]
+    embed.add_argument("--max-rejected", type=float, default=item.default, help=_meaning(item.name))
+    embed.add_argument("--sequence-column", help=_meaning("data.sequence_column"))
+    embed.set_defaults(run=_embed)
+
     simulate = commands.add_parser(
         "simulate",
         help="write a FASTA of simulated protein families to try with",
@@ -337,6 +378,33 @@ def _export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
     for path in export(parsed.source, parsed.format, parsed.out, parsed.step):
         print(path)
+
+
+def _embed(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from hf_plm.inference.embed import embed_file
+    from hf_plm.inference.embedder import Options
+    from hf_plm.inference.job import Job
+    from hf_plm.inference.worklist import Cleaning
+
+    options = Options(
+        parsed.layer,
+        parsed.precision,
+        parsed.backend,
+        parsed.int8,
+        parsed.long,
+        parsed.max_length,
+        parsed.device,
+        parsed.threads,
+    )
+    cleaning = Cleaning(parsed.illegal, parsed.gaps, parsed.max_rejected, parsed.sequence_column)
+    pool = ("none", "mean") if parsed.sites is not None else tuple(parsed.pool)
+    job = Job(parsed.sources, parsed.model, parsed.out, pool, parsed.dtype, parsed.sites, options, cleaning)
+    try:
+        with quick_imports():
+            embed_file(job)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; the same command goes on with {parsed.out}.", file=sys.stderr)
+        raise
 
 
 def _simulate(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

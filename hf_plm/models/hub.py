@@ -37,7 +37,7 @@ PROBE_TOLERANCE = 1e-5
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without transformers' progress bars and reports: what is wrong with a folder is told by an error of ours."""
     was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -220,7 +220,7 @@ def is_hub_folder(path: Path) -> bool:
 
 def _load_stock(path: Path) -> tuple[torch.nn.Module, str]:
     """The model as anyone would load it, and what transformers found wrong with the file, in words, or ''."""
-    with _quiet_loading():
+    with quiet_loading():
         model, info = AutoModelForMaskedLM.from_pretrained(
             path,
             dtype=torch.float32,

@@ -9,7 +9,7 @@ Dimensions: T tokens of a packed micro-batch, B sequences, D width, V vocabulary
 
 import torch
 from torch.nn.functional import pad
-from transformers import EsmForMaskedLM
+from transformers import EsmForMaskedLM, EsmModel
 
 from hf_plm.config import UserError
 from hf_plm.models.attention import VARLEN_ROUTE, Packing, attention_route
@@ -25,17 +25,17 @@ def sequence_index(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions_T, right=True)
 
 
-def compute_dtype(model: EsmForMaskedLM) -> torch.dtype:
+def compute_dtype(esm: EsmModel) -> torch.dtype:
     """The precision that attention will see: autocast's where it is on, else that of the weights."""
-    weight = model.esm.embeddings.word_embeddings.weight
+    weight = esm.embeddings.word_embeddings.weight
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
 
 
-def _embed(model: EsmForMaskedLM, input_ids_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def _embed(esm: EsmModel, input_ids_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """(T, D): token embeddings with `<mask>` zeroed and the rest scaled by 0.88 / (1 - share of `<mask>`)."""
-    embeddings = model.esm.embeddings
+    embeddings = esm.embeddings
     embedded_TD = embeddings.word_embeddings(input_ids_T)
     if embeddings.token_dropout:
         is_mask_T = input_ids_T == embeddings.mask_token_id
@@ -53,7 +53,7 @@ def _embed(model: EsmForMaskedLM, input_ids_T: torch.Tensor, cu_seqlens: torch.T
 
 
 def packed_hidden_states(
-    model: EsmForMaskedLM,
+    model: EsmForMaskedLM | EsmModel,
     input_ids_T: torch.Tensor,
     position_ids_T: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -74,10 +74,10 @@ def packed_hidden_states(
             f"{config.position_embedding_type!r} positions and attention dropout {config.attention_probs_dropout_prob}."
         )
     use_packed_layers(model)
-    esm = model.esm
-    hidden_TD = _embed(model, input_ids_T, cu_seqlens)
+    esm = model if isinstance(model, EsmModel) else model.esm
+    hidden_TD = _embed(esm, input_ids_T, cu_seqlens)
     head_dim = config.hidden_size // config.num_attention_heads
-    on_device = attention_route(input_ids_T.device, compute_dtype(model), head_dim) == VARLEN_ROUTE
+    on_device = attention_route(input_ids_T.device, compute_dtype(esm), head_dim) == VARLEN_ROUTE
     cu_seqlens_cpu = None if on_device else cu_seqlens.cpu()
     # The first argument says which device and precision; each angle is there for both halves of a head.
     tables = esm.rotary_embeddings(hidden_TD.new_empty(0, dtype=torch.float32), position_ids_T[None])

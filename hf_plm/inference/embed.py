@@ -1,0 +1,324 @@
+"""`hf-plm embed`: a file of proteins in, a file of vectors out.
+
+All that is unfinished lies in `OUT.partial`: the cleaned proteins, the vectors' file with a place for every row, and
+for each process a list of what it has written. Whatever stops a run, the same command goes on, in the same calls to the
+model, so that the result is the one that an undisturbed run would have given. Several processes share the proteins by
+tokens and write into the one file.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from hf_plm.config import UserError
+from hf_plm.data.sources import Source, find_sources
+from hf_plm.inference.embedder import limit_of, open_encoder
+from hf_plm.inference.formats import check_format, finish, format_of
+from hf_plm.inference.job import Job, check_same, metadata_of, request_of
+from hf_plm.inference.ranks import Ranks
+from hf_plm.inference.results import WorkingFile
+from hf_plm.inference.rows import create_rows, read_sites, rows_of, window_counts, write_portion
+from hf_plm.inference.sites import find_sites
+from hf_plm.inference.unfinished import DONE, READY, REQUEST, ROWS, Range, cut_portions, remaining_ranges, shares
+from hf_plm.inference.vectors import Encoder, check_poolings, embed_stream
+from hf_plm.inference.worklist import REJECTED, Worklist, write_worklist
+
+COMMIT_SECONDS = 2.0
+SAY_SECONDS = 60.0
+"""Between two lines where there is no terminal for a bar."""
+SAMPLE_RESIDUES = 4000
+"""That int8 is compared with fp32 on."""
+
+
+def embed_file(job: Job) -> None:
+    """Embeds the sources of a job into its `out`, or goes on with it. Raises `UserError` for what the user can mend."""
+    kind = format_of(job.out)
+    check_format(kind)
+    partial = job.out.with_name(f"{job.out.name}.partial")
+    if job.out.exists():
+        _refuse_or_clear(job.out, partial)
+        return
+    began = time.monotonic()
+    ranks = Ranks()
+    try:
+        encoder = open_encoder(job.model, job.options)
+        check_poolings(encoder, job.wants)
+        failure, portions = _agree(ranks, lambda: _begin(job, encoder, partial))
+        if failure:
+            raise UserError(failure)
+        _run(job, encoder, partial, shares(portions, partial, ranks.size)[ranks.rank], ranks)
+        ranks.wait()
+        if ranks.rank == 0:
+            _finish(job, partial, began)
+    finally:
+        ranks.close()
+
+
+def _agree(ranks: Ranks, begin: Callable[[], list[Range]]) -> tuple[str, list[Range]]:
+    """What the first process begins, for all: a sentence where it could not, and the portions that are left."""
+    found: tuple[str, list[Range]] = ("", [])
+    if ranks.rank == 0:
+        try:
+            found = ("", begin())
+        except UserError as error:
+            if ranks.size == 1:
+                raise
+            found = (str(error), [])
+    return ranks.share(found)
+
+
+def _refuse_or_clear(out: Path, partial: Path) -> None:
+    """A result that is there is not made again; what a run that was killed at its very end left is cleared away."""
+    if partial.is_dir() and (not (partial / ROWS).exists() or not remaining_ranges(partial)):
+        shutil.rmtree(partial)
+        print(f"{out} is whole.")
+        return
+    raise UserError(f"{out} is there already; name another --out, or move it away.")
+
+
+def _begin(job: Job, encoder: Encoder, partial: Path) -> list[Range]:
+    """Makes the folder of what is unfinished, or opens it; the portions that are left."""
+    sources = find_sources(job.sources, "train")
+    limit = limit_of(encoder, job.options)
+    request = request_of(job, encoder, sources, limit)
+    print(f"model      {_describe(encoder)}", flush=True)
+    if (partial / READY).exists():
+        check_same(json.loads((partial / REQUEST).read_text(encoding="utf-8")), request, partial, job.out)
+        worklist = Worklist(partial)
+        portions = cut_portions(worklist, encoder, remaining_ranges(partial))
+        _tell(job, worklist, limit, partial)
+        done = len(worklist) - sum(end - begin for begin, end in portions)
+        print(f"going on   after {done:,} of {len(worklist):,} proteins of an earlier run", flush=True)
+        return portions
+    if partial.exists() and not (partial / REQUEST).exists() and any(partial.iterdir()):
+        raise UserError(f"{partial} is in the way and not of an embedding; move it away.")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{job.out} cannot be written: {error.strerror} ({partial}).") from None
+    (partial / REQUEST).write_text(json.dumps(request, indent=1), encoding="utf-8")
+    try:
+        worklist = _take_in(job, sources, partial)
+        _create(job, encoder, worklist, limit, partial)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _tell(job, worklist, limit, partial)
+    (partial / READY).touch()
+    return cut_portions(worklist, encoder, [(0, len(worklist))])
+
+
+def _create(job: Job, encoder: Encoder, worklist: Worklist, limit: int, partial: Path) -> None:
+    _check_long(worklist, limit, job.options.long)
+    lengths = worklist.lengths
+    kept = np.minimum(lengths, limit) if job.options.long == "crop" else lengths
+    sites = find_sites(job.sites, worklist) if job.sites is not None else None
+    if sites and (sites.positions > np.repeat(kept, np.diff(sites.bounds))).any():
+        raise UserError(f"--long crop keeps {limit:,} residues of a protein, and --sites names residues after that.")
+    metadata = metadata_of(job, encoder, limit, rows_of(job.wants, sites))
+    if job.options.int8:
+        metadata["int8"] = _measure_int8(job, worklist)
+        print(f"int8       {metadata['int8']}", flush=True)
+    windows = window_counts(kept, limit)
+    create_rows(partial, worklist, encoder.width, job.wants, job.dtype, kept, windows, sites, metadata)
+
+
+def _take_in(job: Job, sources: list[Source], partial: Path) -> Worklist:
+    total = sum(path.stat().st_size for source in sources for path in source.files)
+    is_quiet = not sys.stderr.isatty()
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=is_quiet) as bar:
+            return write_worklist(sources, partial, job.cleaning, bar.update)
+    except UserError as error:
+        listed = job.out.with_name(f"{job.out.name}.rejected.tsv")
+        rejected = (partial / REJECTED).exists() and len((partial / REJECTED).read_bytes().splitlines()) > 1
+        if rejected:
+            os.replace(partial / REJECTED, listed)
+        raise UserError(f"{error} All are listed in {listed}." if rejected else str(error)) from None
+
+
+def _check_long(worklist: Worklist, limit: int, long: str) -> None:
+    too_long = np.flatnonzero(worklist.lengths > limit)
+    if long == "refuse" and len(too_long):
+        first = int(too_long[0])
+        raise UserError(
+            f"{len(too_long):,} of {len(worklist):,} proteins have more than {limit:,} residues, the first: "
+            f"{worklist.ids(first, first + 1)[0]} with {worklist.lengths[first]:,}; --long window takes them in "
+            "overlapping windows, --long crop their beginning."
+        )
+
+
+def _measure_int8(job: Job, worklist: Worklist) -> str:
+    """How far int8 is from fp32 on the first proteins: the cosines of their vectors."""
+    sample: list[bytes] = []
+    for _, residues in worklist:
+        if sample and sum(map(len, sample)) + len(residues) > SAMPLE_RESIDUES:
+            break
+        sample.append(residues)
+    found = []
+    for is_int8 in (False, True):
+        encoder = open_encoder(job.model, replace(job.options, int8=is_int8))
+        limit = limit_of(encoder, job.options)
+        found.append(list(embed_stream(encoder, [sample], ("none", "mean"), "window", limit)))
+    residues_R, proteins_P = (
+        np.concatenate([_cosine(a.arrays[name], b.arrays[name]) for a, b in zip(*found, strict=True)])
+        for name in ("none", "mean")
+    )
+    return (
+        f"cosine to fp32 on the first {len(sample):,} proteins: residues {residues_R.mean():.4f} on average, "
+        f"{residues_R.min():.4f} at worst; protein means {proteins_P.mean():.4f}, {proteins_P.min():.4f} at worst"
+    )
+
+
+def _cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
+    a_ND, b_ND = np.atleast_2d(a_ND), np.atleast_2d(b_ND)
+    norms_N = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
+    return (a_ND * b_ND).sum(axis=1) / np.maximum(norms_N, 1e-30)
+
+
+def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks: Ranks) -> None:
+    """Embeds this process's portions into the file of vectors."""
+    if not portions:
+        return
+    with ExitStack() as stack:
+        worklist = Worklist(partial)
+        stack.callback(worklist.close)
+        file = stack.enter_context(WorkingFile.open(partial / ROWS))
+        done = stack.enter_context(open(partial / DONE.format(ranks.rank), "a", encoding="ascii"))
+        sites = read_sites(partial) if job.sites is not None else None
+        limit = limit_of(encoder, job.options)
+        progress = stack.enter_context(_Progress(worklist, portions, ranks))
+        proteins = (worklist.residues(begin, end) for begin, end in portions)
+        stream = embed_stream(encoder, proteins, job.wants, job.options.long, limit)
+        stack.callback(stream.close)
+        unwritten: list[Range] = []
+        last_commit = time.monotonic()
+        for begin, end in portions:
+            arrays: dict[str, list[np.ndarray]] = {name: [] for name in job.wants}
+            for number in range(begin, end):
+                vectors = next(stream)
+                for name, array in vectors.arrays.items():
+                    arrays[name].append(array)
+                progress.count(int(worklist.bounds[number + 1] - worklist.bounds[number]))
+            write_portion(file, begin, arrays, sites)
+            unwritten.append((begin, end))
+            if time.monotonic() - last_commit > COMMIT_SECONDS or end == portions[-1][1]:
+                file.sync()
+                done.write("".join(f"{first} {last}\n" for first, last in unwritten))
+                done.flush()
+                os.fsync(done.fileno())
+                unwritten, last_commit = [], time.monotonic()
+
+
+class _Progress:
+    """A bar for the first process's share, or now and then a line where there is no terminal."""
+
+    def __init__(self, worklist: Worklist, portions: list[Range], ranks: Ranks):
+        self._is_main = ranks.rank == 0
+        self._num_proteins = sum(end - begin for begin, end in portions)
+        total = sum(int(worklist.bounds[end] - worklist.bounds[begin]) for begin, end in portions)
+        of_all = f" (process 1 of {ranks.size})" if ranks.size > 1 else ""
+        self._bar = tqdm(
+            total=total,
+            disable=not (self._is_main and sys.stderr.isatty()),
+            bar_format=f"embedding  {{percentage:3.0f}}% |{{bar}}| {{desc}}{of_all}, {{remaining}} left",
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._proteins = self._residues = 0
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def count(self, num_residues: int) -> None:
+        """One more protein is done."""
+        self._proteins += 1
+        self._residues += num_residues
+        now = time.monotonic()
+        if not self._is_main or (self._bar.disable and now - self._said < SAY_SECONDS):
+            return
+        seconds = max(now - self._began, 1e-9)
+        text = (
+            f"{self._proteins:,} of {self._num_proteins:,} proteins, {self._proteins / seconds:,.1f} proteins/s, "
+            f"{self._residues / seconds:,.0f} residues/s"
+        )
+        if self._bar.disable:
+            self._said = now
+            left = seconds * (self._bar.total - self._residues) / max(self._residues, 1)
+            print(f"{self._residues / self._bar.total:4.0%}  {text}, {_duration(left)} left", flush=True)
+        else:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(num_residues)
+
+
+def _describe(encoder: Encoder) -> str:
+    facts = encoder.facts
+    revision = facts["revision"].removeprefix("sha256:")[:12]
+    how = f"{facts['backend']} {facts['precision']}"
+    return f"{facts['model']} ({facts['family']}, {encoder.width} wide, {revision}), {how}"
+
+
+def _tell(job: Job, worklist: Worklist, limit: int, partial: Path) -> None:
+    counts = worklist.counts
+    print(f"proteins   {counts.kept:,} with {int(worklist.bounds[-1]):,} residues")
+    num_long = int((worklist.lengths > limit).sum())
+    if num_long:
+        how = "embedded in overlapping windows" if job.options.long == "window" else "of which the beginning is kept"
+        print(f"long       {num_long:,} of more than {limit:,} residues, {how}")
+    if counts.rejected:
+        print(
+            f"rejected   {counts.rejected:,} of {counts.read:,} records, listed in {_rejected_name(job.out)} at the end"
+        )
+    if counts.j_to_x:
+        print(f"changed    {counts.j_to_x:,} J written as X")
+    for note in counts.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    with WorkingFile.open(partial / ROWS, read_only=True) as file:
+        tensor = file.tensors["embeddings"]
+        shape = f"{tensor.shape[0]:,} x {tensor.shape[1]:,} {tensor.dtype}"
+        print(f"writing    {job.out}: {file.metadata['rows']}, {shape}, {file.num_bytes / 1e6:,.1f} MB", flush=True)
+
+
+def _rejected_name(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rejected.tsv")
+
+
+def _finish(job: Job, partial: Path, began: float) -> None:
+    """The result in its format and place, the list of rejected records beside it, and nothing else."""
+    worklist = Worklist(partial)
+    num_proteins, num_residues = len(worklist), int(worklist.bounds[-1])
+    has_rejected = worklist.counts.rejected > 0
+    worklist.close()
+    if has_rejected:
+        shutil.copyfile(partial / REJECTED, _rejected_name(job.out))
+    with WorkingFile.open(partial / ROWS, read_only=True) as file:
+        num_records = file.tensors["lengths"].shape[0]
+    is_quiet = job.out.suffix == ".safetensors" or not sys.stderr.isatty()
+    with tqdm(total=num_records, desc="writing", unit=" records", leave=False, disable=is_quiet) as bar:
+        finish(partial / ROWS, job.out, bar.update)
+    shutil.rmtree(partial)
+    seconds = time.monotonic() - began
+    print(
+        f"Finished: {num_proteins:,} proteins, {num_residues:,} residues in {_duration(seconds)}; "
+        f"{job.out} has {job.out.stat().st_size / 1e6:,.1f} MB."
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

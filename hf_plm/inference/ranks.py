@@ -1,0 +1,41 @@
+"""The processes of a run under a launcher: who this one is, and what the first tells the others."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+
+class Ranks:
+    """The processes of a run under a launcher, or this one alone. What they tell each other goes over gloo, with long
+    patience, since the first process may clean proteins for an hour."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+
+    def share(self, value: Any) -> Any:
+        """What the first process has, for all."""
+        if self.size == 1:
+            return value
+        import torch.distributed
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,335 @@
+"""A published encoder in torch: proteins in, vectors out, on whatever the machine has.
+
+ESM-2 and T5 encoders take proteins end to end, without a slot of padding. Any other encoder is run as transformers has
+it: on a CPU one protein at a time, or several of one length, since a core is busy with one; on a GPU sorted by length
+and padded a little. On a CPU each call gets one core and several calls run at once: small products share badly.
+
+Dimensions: T tokens of a micro-batch, B proteins, L tokens of a padded row, R residues, D width.
+"""
+
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    BertConfig,
+    EsmModel,
+    PreTrainedModel,
+    T5EncoderModel,
+)
+
+from hf_plm.config import UserError
+from hf_plm.models.families import Spelling, family_of, longest, spelling_of
+from hf_plm.models.hub import quiet_loading
+from hf_plm.models.packed import packed_hidden_states
+from hf_plm.models.t5 import packed_t5_hidden_states
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+"""Tokens of a call: on a CPU so few that what one layer writes is still in the cache when the next step reads it."""
+MOST_CALLS = 16
+"""At once, on a CPU: each calls torch some ten thousand times a second, which Python does one at a time."""
+LEAST_FULL = 0.9
+"""Of a padded batch on a GPU, the shortest row against the longest."""
+
+
+class TorchEncoder:
+    """An encoder ready to use. `encode` may be called from several threads at once, `num_calls` of them with profit."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spelling: Spelling,
+        layer: int,
+        limit: int,
+        facts: dict[str, str],
+        precision: str = "fp32",
+        device: torch.device | None = None,
+        threads: int | None = None,
+    ):
+        self.spelling, self.limit, self.facts = spelling, limit, facts
+        self.width, self.has_cls = int(model.config.hidden_size), facts.get("cls") != "none"
+        self._dtype, self._device = DTYPES[precision], device or torch.device("cpu")
+        self._layer = cut_above(model, layer)
+        self._model = _lowered(model, self._dtype).to(self._device).eval()
+        is_packed_esm = isinstance(model, EsmModel) and model.config.position_embedding_type == "rotary"
+        self._run = (
+            self._packed_esm
+            if is_packed_esm and not model.config.attention_probs_dropout_prob
+            else self._packed_t5
+            if isinstance(model, T5EncoderModel)
+            else self._stock
+        )
+        is_cpu = self._device.type == "cpu"
+        threads = threads or num_cores()
+        self.num_calls = min(threads, MOST_CALLS) if is_cpu else 2
+        self._threads_per_call = max(1, threads // self.num_calls)
+        self.tokens_per_call = CPU_TOKENS if is_cpu else GPU_TOKENS
+
+    def prepare_thread(self) -> None:
+        """To be called once in each thread that will call `encode`."""
+        if self._device.type == "cpu":
+            torch.set_num_threads(self._threads_per_call)
+
+    def encode(self, proteins: Sequence[bytes], wants: Collection[str]) -> dict[str, np.ndarray]:
+        """fp32 arrays by the names in `wants`: "none" (R, D), the residues of all proteins end to end; "mean", "max"
+        (B, D), over the residues of each; "cls" (B, D), its first token.
+
+        Where a GPU has not the memory, the proteins are taken in two halves.
+        """
+        try:
+            return self._encode(proteins, wants)
+        except torch.OutOfMemoryError:
+            if len(proteins) == 1:
+                raise UserError(
+                    f"The memory of {self._device} does not suffice for a protein of {len(proteins[0]):,} residues; "
+                    "--max-length takes it in shorter windows."
+                ) from None
+        torch.cuda.empty_cache()
+        half = len(proteins) // 2
+        parts = self.encode(proteins[:half], wants), self.encode(proteins[half:], wants)
+        return {name: np.concatenate([part[name] for part in parts]) for name in wants}
+
+    @torch.inference_mode()
+    def _encode(self, proteins: Sequence[bytes], wants: Collection[str]) -> dict[str, np.ndarray]:
+        ids = [self.spelling.encode(residues) for residues in proteins]
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            hidden_TD = self._run(ids)
+        lengths = [len(residues) for residues in proteins]
+        begins = [end - len(one) for end, one in zip(accumulate(map(len, ids)), ids, strict=True)]
+        rows_R = np.concatenate(
+            [
+                np.arange(begin + len(self.spelling.prefix), begin + len(self.spelling.prefix) + length)
+                for begin, length in zip(begins, lengths, strict=True)
+            ]
+        )
+        residues_RD = hidden_TD[self._to_device(rows_R)]
+        found = {}
+        if "none" in wants:
+            found["none"] = residues_RD
+        for name, pool in (("mean", lambda x_ND: x_ND.mean(0)), ("max", lambda x_ND: x_ND.amax(0))):
+            if name in wants:
+                found[name] = torch.stack([pool(one_ND) for one_ND in residues_RD.split(lengths)])
+        if "cls" in wants:
+            found["cls"] = hidden_TD[self._to_device(np.array(begins))]
+        return {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _packed_esm(self, ids: list[np.ndarray]) -> torch.Tensor:
+        input_ids_T = self._to_device(np.concatenate(ids))
+        positions_T = self._to_device(np.concatenate([np.arange(len(one)) for one in ids]))
+        bounds = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+        longest_one = max(map(len, ids))
+        return packed_hidden_states(self._model, input_ids_T, positions_T, self._to_device(bounds), longest_one)[-1]
+
+    def _packed_t5(self, ids: list[np.ndarray]) -> torch.Tensor:
+        return packed_t5_hidden_states(self._model, self._to_device(np.concatenate(ids)), list(map(len, ids)))
+
+    def _stock(self, ids: list[np.ndarray]) -> torch.Tensor:
+        """The stock forward, over batches of like length; what comes of it is put back in order."""
+        pieces: list[torch.Tensor] = [torch.empty(0)] * len(ids)
+        for chosen in self._batches([len(one) for one in ids]):
+            length = len(ids[chosen[-1]])
+            input_ids_BL = np.full((len(chosen), length), self.spelling.pad_id)
+            mask_BL = np.zeros((len(chosen), length), dtype=np.int64)
+            for row, index in enumerate(chosen):
+                input_ids_BL[row, : len(ids[index])] = ids[index]
+                mask_BL[row, : len(ids[index])] = 1
+            outputs = self._model(
+                input_ids=self._to_device(input_ids_BL),
+                attention_mask=self._to_device(mask_BL),
+                output_hidden_states=self._layer is not None,
+            )
+            hidden_BLD = outputs.last_hidden_state if self._layer is None else outputs.hidden_states[self._layer]
+            for row, index in enumerate(chosen):
+                pieces[index] = hidden_BLD[row, : len(ids[index])]
+        return torch.cat(pieces)
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Places of proteins, by length: on a CPU of one length in each batch, elsewhere of like length."""
+        least = 1.0 if self._device.type == "cpu" else LEAST_FULL
+        batch: list[int] = []
+        for index in np.argsort(lengths, kind="stable").tolist():
+            length = lengths[index]
+            is_full = (len(batch) + 1) * length > self.tokens_per_call
+            if batch and (is_full or lengths[batch[0]] < least * length):
+                yield batch
+                batch = []
+            batch.append(index)
+        yield batch
+
+
+def load_encoder(
+    folder: Path, name: str, layer: int, precision: str, device: torch.device, threads: int | None
+) -> TorchEncoder:
+    """The encoder in a folder of safetensors or, where there are none, of `pytorch_model*.bin`, and its tokenizer.
+
+    `layer` counts as transformers' hidden states do: 0 the embeddings, -1 what the last layer gives. Raises `UserError`
+    where the folder cannot be opened, lacks weights, or its tokenizer does not give one token per residue.
+    """
+    model, spelling, facts = open_encoder(folder, name)
+    limit = longest(model.config, spelling)
+    facts |= {"backend": "torch", "precision": precision}
+    return TorchEncoder(model, spelling, layer, limit, facts, precision, device, threads)
+
+
+def open_encoder(folder: Path, name: str) -> tuple[PreTrainedModel, Spelling, dict[str, str]]:
+    """The stock encoder of a folder (fp32, on the CPU), its spelling, and what to say of it."""
+    config = _open_config(folder)
+    tokenizer = _open_tokenizer(folder, config)
+    family = family_of(config, tokenizer)
+    spelling = spelling_of(family, tokenizer)
+    model = _open_model(folder, config, family.is_encoder_decoder)
+    return model, spelling, {"model": name, "family": family.name, "cls": "first" if family.has_cls else "none"}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name such as `cuda:1`; `auto` is the GPU of this process, Apple's, or the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError):
+        raise UserError(f"The device {name!r} is not to be had here; --device auto takes what there is.") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` is fp32, but on a GPU bf16, or fp16 where it is too old for that."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def num_cores() -> int:
+    """Cores for this process: OMP_NUM_THREADS where it is set, as launchers do, else those it may run on."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_layers(config: Any) -> int:
+    """Layers of an encoder, whatever its configuration calls them."""
+    return int(getattr(config, "num_hidden_layers", None) or config.num_layers)
+
+
+def cut_above(model: PreTrainedModel, layer: int) -> int | None:
+    """Takes the layers off that hidden state `layer` does not need; its number where the model was left whole.
+
+    Raises `UserError` for a layer that is not there.
+    """
+    total = num_layers(model.config)
+    if not -total - 1 <= layer <= total:
+        raise UserError(f"--layer is from 0 (the embeddings) to {total}, or from -1 (the last) down, not {layer}.")
+    layer %= total + 1
+    if layer == total:
+        return None
+    # A hidden state below the last is not normed; the last is.
+    if isinstance(model, EsmModel):
+        model.encoder.layer = model.encoder.layer[:layer]
+        model.encoder.emb_layer_norm_after = nn.Identity()
+        return None
+    if isinstance(model, T5EncoderModel) and layer:  # the first block has the bias of all
+        model.encoder.block = model.encoder.block[:layer]
+        model.encoder.final_layer_norm = nn.Identity()
+        return None
+    return layer
+
+
+def _lowered(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The weights of products in the precision of the products; norms and what is added up stay fp32."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return model
+
+
+def _open_config(folder: Path) -> Any:
+    try:
+        plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = (plain.get("architectures") or [""])[0]
+        if "model_type" not in plain and architecture.startswith("Bert"):  # Rostlab/prot_bert says no more
+            return BertConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no model: it should have config.json, weights and a tokenizer.") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder} cannot be opened as a model: {_one_line(error)}") from None
+
+
+def _open_tokenizer(folder: Path, config: Any) -> Any:
+    try:
+        with quiet_loading():
+            return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+            for package in ("sentencepiece", "google.protobuf"):
+                try:
+                    __import__(package)
+                except ImportError:
+                    raise UserError(
+                        f"The tokenizer of {folder} (spiece.model) needs two more packages: "
+                        'pip install "hf_plm[sentencepiece]".'
+                    ) from None
+        raise UserError(f"The tokenizer of {folder} cannot be opened: {_one_line(error)}") from None
+
+
+def _open_model(folder: Path, config: Any, is_encoder_decoder: bool) -> PreTrainedModel:
+    has_safetensors = any(folder.glob("*.safetensors"))
+    if not has_safetensors and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin.")
+    opener = AutoModelForTextEncoding if is_encoder_decoder else AutoModel
+    options: dict[str, Any] = {}
+    kind = MODEL_MAPPING.get(type(config), None)
+    if not is_encoder_decoder and kind and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        options["add_pooling_layer"] = False  # masked language models are saved without it
+    try:
+        with quiet_loading(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # A .bin is opened by torch's own unpickler, which builds tensors and calls nothing else.
+            model, info = opener.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=has_safetensors,
+                weights_only=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be opened as an encoder: {_one_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder} lacks weights that its config.json promises: {missing[0]}{more}.")
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
