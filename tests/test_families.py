@@ -4,7 +4,6 @@ The vocabularies have the published ids. Of Ankh and Ankh3 that is known of the 
 """
 
 import json
-import re
 import subprocess
 import sys
 from functools import cache
@@ -14,63 +13,33 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.encoders import (
+    KINDS,
+    PROTBERT_TOKENS,
+    PROTT5_LETTERS,
+    RARE,
+    SELENOPROTEIN,
+    UBIQUITIN,
+    ankh3_pieces,
+    ankh_pieces,
+    as_ankh3_does,
+    as_ankh_does,
+    as_prostt5_does,
+    as_prott5_does,
+    esm2,
+    prostt5,
+    protbert,
+    scored,
+    unigram,
+)
 from tokenizers import Tokenizer
-from tokenizers.models import BPE, Unigram, WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Split, WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import BertTokenizer, EsmcTokenizer, EsmTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+from transformers import EsmTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from hf_plm.config import UserError
 from hf_plm.models.families import FAMILIES, LONGEST, Spelling, family_of, longest, spelling_of
-from hf_plm.proteins.tokenizer import ProteinTokenizer
 from hf_plm.proteins.vocabulary import RESIDUES, STANDARD_RESIDUES, TOKENS, encode
-
-UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
-SELENOPROTEIN = "MCAARLAAAAAAAQSVYAFSARPLAGGEPVSLGSLRGKVLLIENVASLUGTTVRDYTQMNELQRRLGPRGLVVLGFPCNQFGHQENAK"
-RARE = "XXUUOOMKBBZZXOXUZB"
-
-T5_SPECIAL = ["<pad>", "</s>", "<unk>"]
-PROTT5_LETTERS = "ALGVSREDTIPKFQNYMHWCXBOUZ"
-ANKH3_LETTERS = "LAGSVERTIDPKNFQYHMCWXBOUZ"
-PROTBERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"LAGVESIKRDTPNQFYMHCWXUBZO"]
-
-
-def scored(pieces):
-    return [(piece, -float(rank) / 10) for rank, piece in enumerate(pieces)]
-
-
-def unigram(pieces, pre_tokenizer=None):
-    """A tokenizer as transformers 4 opened Ankh's: nothing comes before a word."""
-    backend = Tokenizer(Unigram(scored(pieces), unk_id=2))
-    if pre_tokenizer is not None:
-        backend.pre_tokenizer = pre_tokenizer
-    backend.add_special_tokens([piece for piece in pieces if piece[0] in "<["])
-    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", model_max_length=512
-    )
-
-
-def prott5():
-    return T5Tokenizer(scored([*T5_SPECIAL, *("\u2581" + letter for letter in PROTT5_LETTERS)]))
-
-
-def prostt5():
-    tokenizer = prott5()
-    tokenizer.add_tokens([*STANDARD_RESIDUES.lower(), "<fold2AA>", "<AA2fold>"])
-    return tokenizer
-
-
-def ankh_pieces(letters=PROTT5_LETTERS):
-    return [*T5_SPECIAL, *letters, *(f"<extra_id_{index}>" for index in range(115))]
-
-
-def ankh3_pieces(letters=ANKH3_LETTERS):
-    return [*T5_SPECIAL, "[NLU]", "[S2S]", "<unused_0>", "<unused_1>", *letters]
-
-
-def esm2():
-    return ProteinTokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -80,50 +49,6 @@ def vocab_file(tmp_path_factory):
     return path
 
 
-def protbert(tokens=PROTBERT_TOKENS):
-    return BertTokenizer({token: index for index, token in enumerate(tokens)}, do_lower_case=False)
-
-
-# The authors' steps: what they give the tokenizer, and which of the tokens they keep.
-
-
-def as_esm_does(tokenizer, sequence):
-    return tokenizer(sequence)["input_ids"], slice(1, -1)
-
-
-def as_prott5_does(tokenizer, sequence):
-    sequence = " ".join(list(re.sub(r"[UZOB]", "X", sequence)))
-    return tokenizer(sequence, add_special_tokens=True)["input_ids"], slice(0, -1)
-
-
-def as_prostt5_does(tokenizer, sequence):
-    sequence = "<AA2fold>" + " " + " ".join(list(re.sub(r"[UZOB]", "X", sequence)))
-    return tokenizer(sequence, add_special_tokens=True)["input_ids"], slice(1, -1)
-
-
-def as_ankh_does(tokenizer, sequence):
-    return tokenizer(list(sequence), add_special_tokens=True, is_split_into_words=True)["input_ids"], slice(0, -1)
-
-
-def as_ankh3_does(tokenizer, sequence):
-    tokens = tokenizer("[NLU]" + sequence, add_special_tokens=True, is_split_into_words=False)
-    return tokens["input_ids"], slice(1, -1)
-
-
-def as_protbert_does(tokenizer, sequence):
-    sequence = re.sub(r"[UZOB]", "X", " ".join(sequence))
-    return tokenizer(sequence, add_special_tokens=True)["input_ids"], slice(1, -1)
-
-
-KINDS = {
-    "ESM-2": ("esm", esm2, as_esm_does),
-    "ESM C": ("esmc", EsmcTokenizer, as_esm_does),
-    "ProtT5": ("t5", prott5, as_prott5_does),
-    "ProstT5": ("t5", prostt5, as_prostt5_does),
-    "Ankh": ("t5", lambda: unigram(ankh_pieces()), as_ankh_does),
-    "Ankh3": ("t5", lambda: unigram(ankh3_pieces()), as_ankh3_does),
-    "ProtBert": ("bert", protbert, as_protbert_does),
-}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 sequences = st.text(alphabet=RESIDUES, min_size=1, max_size=80)
 

@@ -15,6 +15,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,10 +39,7 @@ Record = tuple[str, dict[str, np.ndarray]]
 def format_of(out: Path) -> str:
     """The kind of file that a path asks for. Raises `UserError` where its suffix is none of FORMATS."""
     if out.suffix.lower() not in FORMATS:
-        *most, last = FORMATS
-        raise UserError(
-            f"{out} has none of the suffixes {', '.join(most)} or {last}, which say what kind of file it is."
-        )
+        raise UserError(f"{out} ends in none of {', '.join(FORMATS)}; its suffix says what kind of file it becomes.")
     return FORMATS[out.suffix.lower()]
 
 
@@ -160,7 +158,7 @@ def _write_hdf5(file: WorkingFile, path: Path, on_records: Callable[[int], objec
 
     names = _Names(file.ids())
     most_bytes = file.num_bytes + len(file.vectors) * (
-        DATA_SET_BYTES * file.num_records + 4 * file.tensors["ids"].num_bytes
+        DATA_SET_BYTES * file.num_records + 3 * file.tensors["ids"].num_bytes
     )
     with h5py.File(path, "w", track_order=True) as result:
         reserve(path, most_bytes)  # on a full disk HDF5 prints for each data set, and then crashes the process
@@ -267,19 +265,17 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         vectors = [name for name in ("embeddings", *POOLED) if _column(name) in result.schema_arrow.names]
         for group in range(result.num_row_groups):
             table = result.read_row_group(group, columns=["id", *map(_column, vectors)])
-            arrays = {name: table[_column(name)].combine_chunks() for name in vectors}
-            rows = {}
-            for name, array in arrays.items():
-                flat = array.flatten() if pyarrow.types.is_list(array.type) else array
-                values = flat.flatten().to_numpy(zero_copy_only=False)
-                rows[name] = values.reshape(-1, flat.type.list_size)
-            offsets = None
-            if pyarrow.types.is_list(arrays["embeddings"].type):
-                offsets = arrays["embeddings"].offsets.to_numpy() - arrays["embeddings"].offsets[0].as_py()
+            rows, offsets = {}, None
+            for name in vectors:
+                array = table[_column(name)].combine_chunks()
+                if pyarrow.types.is_list(array.type):
+                    offsets = array.offsets.to_numpy() - array.offsets[0].as_py()
+                    array = array.flatten()
+                rows[name] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
             for index, id_ in enumerate(table["id"].to_pylist()):
-                record = {name: array[index].copy() for name, array in rows.items() if name != "embeddings"}
                 where = index if offsets is None else slice(offsets[index], offsets[index + 1])
-                yield id_, {"embeddings": rows["embeddings"][where].copy(), **record}
+                record = {name: array[where if name == "embeddings" else index] for name, array in rows.items()}
+                yield id_, {name: array.copy() for name, array in record.items()}
 
 
 # NumPy
@@ -327,29 +323,25 @@ class _Member:
     def __init__(self, archive: zipfile.ZipFile, name: str):
         self._stream = archive.open(f"{name}.npy")
         np.lib.format.read_magic(self._stream)
-        self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(self._stream)
+        shape, _, self._dtype = np.lib.format.read_array_header_1_0(self._stream)
+        self._width = shape[1]
 
-    def next(self, num_rows: int) -> np.ndarray:
-        row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
-        data = bytearray(self._stream.read(num_rows * row_bytes))
-        return np.frombuffer(data, dtype=self.dtype).reshape(num_rows, *self.shape[1:])
+    def rows(self, num_rows: int) -> np.ndarray:
+        """The next rows, (num_rows, D)."""
+        data = bytearray(self._stream.read(num_rows * self._width * self._dtype.itemsize))
+        return np.frombuffer(data, dtype=self._dtype).reshape(num_rows, self._width)
 
 
 def _read_npz(path: Path) -> Iterator[Record]:
-    with zipfile.ZipFile(path) as archive:
-        there = {name.removesuffix(".npy") for name in archive.namelist()}
-        members = {name: _Member(archive, name) for name in ("embeddings", *POOLED) if name in there}
-        ids = _Member(archive, "ids")
-        # Differences of offsets: rows of each record, and bytes of each id where they are not strings.
-        edges = {name: _Member(archive, name) for name in ("offsets", "id_offsets") if name in there}
-        last = {name: int(member.next(1)[0]) for name, member in edges.items()}
-        num_records = _Member(archive, "lengths").shape[0]
-        for _ in range(num_records):
-            steps = {}
-            for name, member in edges.items():
-                edge = int(member.next(1)[0])
-                steps[name], last[name] = edge - last[name], edge
-            id_ = ids.next(steps["id_offsets"]).tobytes().decode() if "id_offsets" in steps else str(ids.next(1)[0])
-            record = {name: member.next(1)[0] for name, member in members.items() if name != "embeddings"}
-            rows = members["embeddings"].next(steps.get("offsets", 1))
-            yield id_, {"embeddings": rows if "offsets" in steps else rows[0], **record}
+    with np.load(path) as small, zipfile.ZipFile(path) as archive:
+        is_per_residue = json.loads(small["metadata"].item())["rows"] == "residues"
+        ids = small["ids"].tolist()
+        if "id_offsets" in small:
+            text = bytes(ids)
+            ids = [text[begin:end].decode() for begin, end in pairwise(small["id_offsets"].tolist())]
+        counts = np.diff(small["offsets"]).tolist() if is_per_residue else [1] * len(ids)
+        members = {name: _Member(archive, name) for name in ("embeddings", *POOLED) if name in small}
+        for id_, num_rows in zip(ids, counts, strict=True):
+            record = {name: member.rows(1)[0] for name, member in members.items() if name != "embeddings"}
+            rows = members["embeddings"].rows(num_rows)
+            yield id_, {"embeddings": rows if is_per_residue else rows[0], **record}

@@ -6,7 +6,7 @@ the file: nothing is gathered, kept in memory or put together at the end. `forma
 The tensors, for P records and R rows of width D:
 - `embeddings` (R, D) float32 or float16: what `metadata["rows"]` says. `residues`: one row per residue, all proteins
   end to end; `proteins`: one per protein; `sites`: one per site, its residue's vector and then its protein's mean.
-- `offsets` (P + 1) int64, of residues only: record i has the rows offsets[i] to offsets[i + 1].
+- `offsets` (P + 1) int64: record i has the rows offsets[i] to offsets[i + 1]; only residues need them.
 - `ids` uint8 and `id_offsets` (P + 1) int64: the ids end to end in UTF-8, and where each begins.
 - `lengths` (P) int64: residues of the protein; `windows` (P) int32: overlapping windows it was embedded in, or 1.
 - `mean`, `max`, `cls` (P, D), where they were asked for beside the rows.

@@ -10,6 +10,7 @@ Dimensions: T tokens of a micro-batch, B proteins, L tokens of a padded row, R r
 import inspect
 import json
 import os
+import pickle
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
@@ -254,7 +255,7 @@ def cut_above(model: PreTrainedModel, layer: int) -> int | None:
         model.encoder.layer = model.encoder.layer[:layer]
         model.encoder.emb_layer_norm_after = nn.Identity()
         return None
-    if isinstance(model, T5EncoderModel) and layer:  # the first block has the bias of all
+    if isinstance(model, T5EncoderModel):
         model.encoder.block = model.encoder.block[:layer]
         model.encoder.final_layer_norm = nn.Identity()
         return None
@@ -318,16 +319,18 @@ def _open_model(folder: Path, config: Any, is_encoder_decoder: bool) -> PreTrain
                 dtype=torch.float32,
                 use_safetensors=has_safetensors,
                 weights_only=True,
+                ignore_mismatched_sizes=True,  # told below, with the name
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{folder} cannot be opened as an encoder: {_one_line(error)}") from None
-    if missing := sorted(info["missing_keys"]):
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if missing := sorted([*info["missing_keys"], *mismatched]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder} lacks weights that its config.json promises: {missing[0]}{more}.")
+        raise UserError(f"{folder} lacks weights of the shape that its config.json promises: {missing[0]}{more}.")
     return model
 
 

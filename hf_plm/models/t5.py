@@ -30,6 +30,8 @@ def packed_t5_hidden_states(model: T5EncoderModel, input_ids_T: torch.Tensor, le
     """
     stack: Any = model.encoder
     hidden_TD = stack.embed_tokens(input_ids_T)
+    if not len(stack.block):
+        return hidden_TD
     bias_HM = distance_bias(stack.block[0].layer[0].SelfAttention, max(lengths))
     for block in stack.block:
         attention, feed_forward = block.layer[0], block.layer[1]

@@ -1,0 +1,151 @@
+"""Encoders against their authors' own scripts, protein by protein, and what cannot be opened."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.encoders import KINDS, RARE, SELENOPROTEIN, UBIQUITIN, authors_vectors, random_model, save_encoder
+
+from hf_plm.config import UserError
+from hf_plm.inference.embedder import Embedder
+from hf_plm.models.encoder import TorchEncoder, load_encoder, open_encoder
+from hf_plm.models.t5 import packed_t5_hidden_states
+
+SEQUENCES = [UBIQUITIN, "M", SELENOPROTEIN, RARE, UBIQUITIN[::-1] * 4, "MK", UBIQUITIN]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders")
+    return {kind: save_encoder(kind, root / kind.replace(" ", "")) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", [-1, 0, 2])
+def test_residues_have_the_vectors_of_the_authors_script(kind, layer, folders):
+    embedder = Embedder(folders[kind], layer=layer)
+    found = embedder.embed(SEQUENCES, "none")
+    for sequence, vectors in zip(SEQUENCES, found, strict=True):
+        expected = authors_vectors(kind, folders[kind], sequence, layer)
+        assert vectors.shape == expected.shape
+        np.testing.assert_allclose(vectors, expected, atol=1e-4)
+    # A twin: another layer has other vectors, and so has another protein beside it.
+    other = authors_vectors(kind, folders[kind], UBIQUITIN, layer - 1 if layer else 1)
+    assert np.abs(found[0] - other).max() > 1e-2
+    assert np.abs(found[0][: len(SELENOPROTEIN)] - found[2][: len(UBIQUITIN)]).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pooling_is_over_residues_alone(kind, folders):
+    embedder = Embedder(folders[kind])
+    expected = [authors_vectors(kind, folders[kind], sequence) for sequence in SEQUENCES]
+    np.testing.assert_allclose(embedder.embed(SEQUENCES), [one.mean(0) for one in expected], atol=1e-4)
+    np.testing.assert_allclose(embedder.embed(SEQUENCES, "max"), [one.max(0) for one in expected], atol=1e-4)
+    if KINDS[kind][0] == "t5":
+        with pytest.raises(UserError, match="no <cls> token"):
+            embedder.embed(SEQUENCES, "cls")
+    else:
+        first = embedder.embed(SEQUENCES, "cls")
+        assert np.abs(first - [one.mean(0) for one in expected]).max() > 1e-2
+        with torch.no_grad():
+            model, spelling, _ = open_encoder(folders[kind], "m")
+            ids = torch.from_numpy(spelling.encode(UBIQUITIN.encode()))[None]
+            np.testing.assert_allclose(first[0], model.eval()(ids).last_hidden_state[0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ESM-2", "Ankh", "ProtBert"])
+def test_bf16_is_near_fp32(kind, folders):
+    exact = np.concatenate(Embedder(folders[kind]).embed(SEQUENCES, "none"))
+    rounded = np.concatenate(Embedder(folders[kind], precision="bf16").embed(SEQUENCES, "none"))
+    cosines = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
+    assert 0.999 < cosines.min() < 1
+    assert np.abs(exact - rounded).max() > 1e-4
+
+
+def test_t5_bias_reaches_every_distance():
+    """Beyond the distances that have buckets of their own, and with proteins of several lengths in one call."""
+    model = random_model("Ankh").get_encoder()
+    from transformers import T5EncoderModel
+
+    encoder = T5EncoderModel(model.config).eval()
+    encoder.encoder = model
+    lengths = [300, 1, 700, 40]
+    ids = [torch.randint(3, 140, (length,)) for length in lengths]
+    packed = packed_t5_hidden_states(encoder, torch.cat(ids), lengths).split(lengths)
+    with torch.no_grad():
+        for one, found in zip(ids, packed, strict=True):
+            torch.testing.assert_close(found, encoder(one[None]).last_hidden_state[0], atol=1e-4, rtol=0)
+        table = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        table[-1] += 1  # the bucket of the farthest distances
+        assert (packed_t5_hidden_states(encoder, torch.cat(ids), lengths)[:300] - packed[0]).abs().max() > 1e-3
+
+
+def test_pickled_weights_are_opened_as_tensors_alone(tmp_path):
+    save_encoder("ProtT5", tmp_path, pickled=True)
+    expected = authors_vectors("ProtT5", tmp_path, UBIQUITIN)
+    np.testing.assert_allclose(Embedder(tmp_path).embed([UBIQUITIN], "none")[0], expected, atol=1e-4)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was_here"), "w"))
+
+    torch.save({"shared.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be opened as an encoder"):
+        Embedder(tmp_path)
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_bert_that_does_not_say_what_it_is(tmp_path):
+    """Rostlab/prot_bert has no model_type in its config.json."""
+    save_encoder("ProtBert", tmp_path)
+    plain = json.loads((tmp_path / "config.json").read_text())
+    del plain["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    assert Embedder(tmp_path).encoder.facts["family"] == "ProtBert"
+
+
+def test_what_cannot_be_opened_is_told_in_a_sentence(tmp_path, folders):
+    for layer in (4, -5):
+        with pytest.raises(UserError, match="--layer is from 0"):
+            Embedder(folders["ESM-2"], layer=layer)
+    with pytest.raises(UserError, match="There is no model"):
+        Embedder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no model"):
+        Embedder(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="is not finished; hf-plm export"):
+        Embedder(tmp_path)
+    with pytest.raises(UserError, match="is not to be had here"):
+        Embedder(folders["ESM-2"], device="cuda:77")
+    cut = save_encoder("ESM-2", tmp_path / "cut")
+    plain = json.loads((cut / "config.json").read_text())
+    (cut / "config.json").write_text(json.dumps({**plain, "num_hidden_layers": 4}))
+    with pytest.raises(UserError, match="lacks weights of the shape that its config.json promises"):
+        Embedder(cut)
+    (cut / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        Embedder(cut)
+
+
+def test_a_full_gpu_halves_the_call(folders, monkeypatch):
+    encoder = load_encoder(folders["ESM-2"], "m", -1, "fp32", CPU, 1)
+    proteins = [sequence.encode() for sequence in SEQUENCES]
+    whole, run = encoder.encode(proteins, ("none", "mean")), TorchEncoder._encode
+    sizes = []
+
+    def small_memory(self, proteins, wants):
+        sizes.append(len(proteins))
+        if len(proteins) > 2:
+            raise torch.OutOfMemoryError
+        return run(self, proteins, wants)
+
+    monkeypatch.setattr(TorchEncoder, "_encode", small_memory)
+    halved = encoder.encode(proteins, ("none", "mean"))
+    assert sizes[0] == len(proteins) and max(sizes[1:]) < len(proteins)
+    for name in whole:
+        np.testing.assert_allclose(whole[name], halved[name], atol=1e-5)
+    monkeypatch.setattr(TorchEncoder, "_encode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(UserError, match="--max-length"):
+        encoder.encode(proteins[:1], ("mean",))
