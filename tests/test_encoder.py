@@ -122,7 +122,7 @@ def test_what_cannot_be_opened_is_told_in_a_sentence(tmp_path, folders):
     cut = save_encoder("ESM-2", tmp_path / "cut")
     plain = json.loads((cut / "config.json").read_text())
     (cut / "config.json").write_text(json.dumps({**plain, "num_hidden_layers": 4}))
-    with pytest.raises(UserError, match="lacks weights of the shape that its config.json promises"):
+    with pytest.raises(UserError, match=r"lacks weights of the shape that its config\.json promises"):
         Embedder(cut)
     (cut / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no weights"):
@@ -143,7 +143,8 @@ def test_a_full_gpu_halves_the_call(folders, monkeypatch):
 
     monkeypatch.setattr(TorchEncoder, "_encode", small_memory)
     halved = encoder.encode(proteins, ("none", "mean"))
-    assert sizes[0] == len(proteins) and max(sizes[1:]) < len(proteins)
+    assert sizes[0] == len(proteins)
+    assert max(sizes[1:]) < len(proteins)
     for name in whole:
         np.testing.assert_allclose(whole[name], halved[name], atol=1e-5)
     monkeypatch.setattr(TorchEncoder, "_encode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))

@@ -22,7 +22,7 @@ from hf_plm.version import __version__
 
 BATCH_RECORDS = 4096
 BATCH_RESIDUES = 4_000_000
-DNA_SHARE, DNA_FEWEST_LETTERS = 0.95, 100
+DNA_LETTERS, DNA_SHARE, DNA_FEWEST_LETTERS = b"ACGTUN", 0.95, 100
 REPEATED_IDS_SHARE = 0.01
 
 
@@ -187,7 +187,7 @@ class Intake:
 
     def _warn_of_dna(self, batch: _Batch) -> None:
         num_letters = int(batch.letters_256.sum())
-        num_bases = int(batch.letters_256[list(b"ACGTUN")].sum())
+        num_bases = int(batch.letters_256[list(DNA_LETTERS)].sum())
         if num_letters >= DNA_FEWEST_LETTERS and num_bases > DNA_SHARE * num_letters:
             self._warnings.append(
                 f"{batch.source.name}: almost only A C G T ({num_bases / num_letters:.0%} of the letters, U and N "

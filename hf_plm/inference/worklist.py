@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.data.intake import DNA_FEWEST_LETTERS, DNA_LETTERS, DNA_SHARE
 from hf_plm.data.sources import Source, read_records
 from hf_plm.proteins.fasta import IllegalResidueError, clean
 
@@ -128,6 +129,7 @@ def write_worklist(
         rejected.write("source\trecord\tid\tposition\treason\n")
         for source in sources:
             own_notes: list[str] = []
+            num_bases = num_letters = 0
             for number, raw in enumerate(read_records(source, cleaning.sequence_column, own_notes, on_bytes), start=1):
                 num_read += 1
                 position: int | str = ""
@@ -143,9 +145,16 @@ def write_worklist(
                     first_rejected = first_rejected or f"{source.name}, record {number} ({raw.id}){at}: {reason}"
                     continue
                 num_j += cleaned.num_j
+                num_letters += len(cleaned.residues)
+                num_bases += len(cleaned.residues) - len(cleaned.residues.translate(None, DNA_LETTERS))
                 residues_file.write(cleaned.residues)
                 bounds.append(bounds[-1] + len(cleaned.residues))
                 id_bounds.append(id_bounds[-1] + ids_file.write(raw.id.encode("utf-8", errors="replace")))
+            if num_letters >= DNA_FEWEST_LETTERS and num_bases > DNA_SHARE * num_letters:
+                own_notes.append(
+                    f"almost only A C G T ({num_bases / num_letters:.0%} of the letters, U and N included), so it "
+                    "looks like DNA or RNA where protein is expected"
+                )
             notes += [f"{source.name}: {note}" for note in ([source.note] if source.note else []) + own_notes]
     counts = Counts(num_read, len(bounds) - 1, num_rejected, num_j, tuple(notes))
     _check(counts, cleaning, first_rejected)
