@@ -7,7 +7,7 @@ DATA := corpora/simulated.fasta.gz
 THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-all check format compat bounds wheel clean bench gpu equivalence faults
+.PHONY: help install pretrain test test-all check format compat bounds wheel clean bench bench-embed gpu equivalence faults
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,9 +48,14 @@ bench: $(READY) ## the CPU benchmarks, in runs/bench (20 minutes, on a machine t
 	@$(BIN)/python benchmarks/startup.py --out runs/bench/startup.json
 	@$(BIN)/python benchmarks/scaling.py --out runs/bench/scaling.json
 
+bench-embed: $(READY) ## embedding on the CPU side by side, and its memory, in runs/bench (15 minutes)
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/embed.py --out runs/bench/embed.json
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/embed_memory.py --out runs/bench/embed_memory.json
+
 gpu: $(READY) ## on a machine with a GPU: the tests marked gpu, then the benchmarks
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python benchmarks/gpu_train.py --out runs/bench/gpu_train.json
+	@$(BIN)/python benchmarks/gpu_embed.py --out runs/bench/gpu_embed.json
 	@$(BIN)/python benchmarks/saving.py --preset 150m --tokens 16384
 
 check: $(READY) ## format, lint, types, imports
