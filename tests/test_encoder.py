@@ -1,19 +1,35 @@
 """Encoders against their authors' own scripts, protein by protein, and what cannot be opened."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from support.encoders import KINDS, RARE, SELENOPROTEIN, UBIQUITIN, authors_vectors, random_model, save_encoder
+from support.encoders import (
+    KINDS,
+    PROTT5_LETTERS,
+    RARE,
+    SELENOPROTEIN,
+    UBIQUITIN,
+    authors_vectors,
+    random_model,
+    save_encoder,
+)
 
 from hf_plm.config import UserError
 from hf_plm.inference.embedder import Embedder
 from hf_plm.models.encoder import TorchEncoder, load_encoder, open_encoder
+from hf_plm.models.families import FAMILIES, spelling_of
 from hf_plm.models.t5 import packed_t5_hidden_states
 
 SEQUENCES = [UBIQUITIN, "M", SELENOPROTEIN, RARE, UBIQUITIN[::-1] * 4, "MK", UBIQUITIN]
 CPU = torch.device("cpu")
+
+
+def spelling_of_kind(kind):
+    tokenizer = KINDS[kind][1]()
+    return spelling_of(next(family for family in FAMILIES if family.name == kind), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +166,37 @@ def test_a_full_gpu_halves_the_call(folders, monkeypatch):
     monkeypatch.setattr(TorchEncoder, "_encode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(UserError, match="--max-length"):
         encoder.encode(proteins[:1], ("mean",))
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(tmp_path, monkeypatch):
+    """As ProtT5 and ProstT5 are published."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    save_encoder("ProtT5", tmp_path)
+    expected = authors_vectors("ProtT5", tmp_path, UBIQUITIN)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "do_lower_case": false}')
+    (tmp_path / "letters.txt").write_text("\n".join(" ".join(PROTT5_LETTERS) for _ in range(50)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "letters.txt"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=3 + 25,
+        model_type="word",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    embedder = Embedder(tmp_path)
+    assert embedder.encoder.facts["family"] == "ProtT5"
+    # The trainer numbers the letters in an order of its own.
+    spelling = embedder.encoder.spelling
+    object.__setattr__(embedder.encoder, "spelling", spelling_of_kind("ProtT5"))
+    np.testing.assert_allclose(embedder.embed([UBIQUITIN], "none")[0], expected, atol=1e-4)
+    assert len(set(spelling.ids[:20])) == 20
+
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr("transformers.utils.import_utils._sentencepiece_available", False, raising=False)
+    with pytest.raises(UserError, match=r'pip install "hf_plm\[sentencepiece\]"'):
+        Embedder(tmp_path)
