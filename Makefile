@@ -49,7 +49,7 @@ bench: $(READY) ## the CPU benchmarks, in runs/bench (20 minutes, on a machine t
 	@$(BIN)/python benchmarks/scaling.py --out runs/bench/scaling.json
 
 bench-embed: $(READY) ## embedding on the CPU side by side, and its memory, in runs/bench (15 minutes)
-	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/embed.py --out runs/bench/embed.json
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/cpu_embed.py --out runs/bench/cpu_embed.json
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/embed_memory.py --out runs/bench/embed_memory.json
 
 gpu: $(READY) ## on a machine with a GPU: the tests marked gpu, then the benchmarks

@@ -21,6 +21,7 @@ from hf_plm.proteins.fasta import IllegalResidueError, clean
 
 BACKENDS = ("torch", "onnx")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+LONGEST_BIAS = 2048
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def _open_onnx(name: str, folder: Path, options: Options) -> Encoder:
         found = revision(folder)
         exported = cache_folder() / "onnx" / f"{found.removeprefix('sha256:')[:16]}-layer{options.layer}"
         if not (exported / ENCODER_FILE).is_file():
+            from transformers import T5EncoderModel
+
             from hf_plm.models.encoder import open_encoder as open_in_torch
             from hf_plm.models.families import longest
             from hf_plm.models.graphs import write_graphs
@@ -88,7 +91,10 @@ def _open_onnx(name: str, folder: Path, options: Options) -> Encoder:
             print(f"Exporting {name} to ONNX, once ({exported}) ...", flush=True)
             stock, spelling, facts = open_in_torch(folder, name)
             facts["revision"] = found
-            write_graphs(stock, exported, options.layer, spelling, facts, longest(stock.config, spelling))
+            limit = longest(stock.config, spelling)
+            # T5's bias is written out for each pair of tokens here: 0.7 GB a call for 2,048 tokens and 16 heads.
+            limit = min(limit, LONGEST_BIAS) if isinstance(stock, T5EncoderModel) else limit
+            write_graphs(stock, exported, options.layer, spelling, facts, limit)
     encoder = OnnxEncoder(exported, options.int8, options.threads)
     if (folder / ENCODER_FILE).is_file() and options.layer not in (-1, encoder.layer):
         raise UserError(f"{name} was exported for layer {encoder.layer}, so that --layer {options.layer} is not in it.")

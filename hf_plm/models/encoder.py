@@ -38,12 +38,11 @@ from hf_plm.models.families import Spelling, family_of, longest, spelling_of
 from hf_plm.models.hub import quiet_loading
 from hf_plm.models.packed import packed_hidden_states
 from hf_plm.models.t5 import packed_t5_hidden_states
+from hf_plm.models.threads import CPU_TOKENS, MOST_CALLS, num_cores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_TOKENS, GPU_TOKENS = 1024, 16384
-"""Tokens of a call: on a CPU so few that what one layer writes is still in the cache when the next step reads it."""
-MOST_CALLS = 16
-"""At once, on a CPU: each calls torch some ten thousand times a second, which Python does one at a time."""
+GPU_TOKENS = 16384
+"""Of a call."""
 LEAST_FULL = 0.9
 """Of a padded batch on a GPU, the shortest row against the longest."""
 
@@ -224,14 +223,6 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def num_cores() -> int:
-    """Cores for this process: OMP_NUM_THREADS where it is set, as launchers do, else those it may run on."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_layers(config: Any) -> int:

@@ -1,6 +1,6 @@
 """Embedding on a CPU, side by side: hf_plm against what people's scripts do.
 
-    python benchmarks/embed.py --out embed.json
+    python benchmarks/cpu_embed.py --out cpu_embed.json
 
 Real proteins (HF_PLM_DATA, default `../shared/data`) of mixed lengths, models of random weights: the shapes of ESM-2 8m
 and 35m, and a T5 encoder like Ankh's of a size between. Contestants, in turns (A B A B ...), in one process:
@@ -35,7 +35,7 @@ from hf_plm.proteins.fasta import read_fasta
 SOURCE = Path(os.environ.get("HF_PLM_DATA", "../shared/data")) / "corpus" / "valid_iid.fasta.gz"
 LONGEST, BATCH = 1022, 16
 MODELS = ("8m", "35m", "t5")
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "torch.fp32": {},
     "torch.bf16": {"precision": "bf16"},
     "onnx.fp32": {"backend": "onnx"},
@@ -176,7 +176,8 @@ def compete(
     special = 1 if name == "t5" else 2
     lengths = [len(protein) + special for protein in proteins]
     floor = flops(name, script.model.config, lengths) / rate
-    lines, rows = [], []
+    lines: list[list[str]] = []
+    rows: list[Row] = []
     for contestant, spent in seconds.items():
         difference, cosine = accuracy(vectors[contestant], vectors["loop"])
         ratios = [median(a / b for a, b in zip(seconds[theirs], spent, strict=True)) for theirs in THEIRS]

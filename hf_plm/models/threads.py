@@ -1,0 +1,16 @@
+"""How calls of an encoder share a CPU: a core to each, since the products of one protein are too small to share."""
+
+import os
+
+CPU_TOKENS = 1024
+"""Of a call: so few that what one layer writes is still in the cache when the next step reads it."""
+MOST_CALLS = 16
+"""At once; with more cores each call gets several. Python begins the operators of all of them, one at a time."""
+
+
+def num_cores() -> int:
+    """Cores for this process: OMP_NUM_THREADS where it is set, as launchers do, else those it may run on."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
