@@ -211,8 +211,8 @@ def compete(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (5)")
-    parser.add_argument("--proteins", type=int, default=48, help="proteins in a turn (48)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant (3)")
+    parser.add_argument("--proteins", type=int, default=64, help="proteins in a turn (64)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()

@@ -200,6 +200,7 @@ def test_the_same_command_goes_on(fasta, model, tmp_path, monkeypatch, capsys):
     """Stopped between two portions: what is written stays, what follows is the same to the bit."""
     whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
     monkeypatch.setattr("hf_plm.inference.unfinished.CALLS_PER_PORTION", 1)
+    monkeypatch.setattr("hf_plm.inference.unfinished.LEAST_TOKENS", 1)
     monkeypatch.setattr("hf_plm.inference.embed.COMMIT_SECONDS", 0.0)
     embed_file(job(fasta, model, whole, pool=("none", "mean")))
     from hf_plm.inference import embed as module

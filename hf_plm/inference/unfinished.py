@@ -13,7 +13,8 @@ from hf_plm.inference.vectors import Encoder
 from hf_plm.inference.worklist import BOUNDS, Worklist
 
 REQUEST, ROWS, READY, DONE = "request.json", "vectors.safetensors", "ready", "done-{}.txt"
-CALLS_PER_PORTION = 16
+CALLS_PER_PORTION, LEAST_TOKENS = 16, 16_384
+"""Of a portion."""
 Range = tuple[int, int]
 """The first protein and the one after the last."""
 
@@ -36,7 +37,7 @@ def remaining_ranges(partial: Path) -> list[Range]:
 
 def cut_portions(worklist: Worklist, encoder: Encoder, ranges: list[Range]) -> list[Range]:
     """Ranges of proteins, cut where a portion is full; what was cut before is cut there again."""
-    most = CALLS_PER_PORTION * encoder.tokens_per_call
+    most = max(CALLS_PER_PORTION * encoder.tokens_per_call, LEAST_TOKENS)
     tokens = worklist.bounds + encoder.spelling.num_special * np.arange(len(worklist) + 1)
     portions = []
     for begin, end in ranges:

@@ -15,7 +15,7 @@ import numpy as np
 
 from hf_plm.config import UserError
 from hf_plm.models.families import Spelling
-from hf_plm.models.threads import CPU_TOKENS, num_cores
+from hf_plm.models.threads import num_cores
 
 FORMAT = 1
 """Of the folder. Raised when an older one can no longer be read, or would give other numbers."""
@@ -38,7 +38,7 @@ class OnnxEncoder:
         self.facts: dict[str, str] = plain["facts"] | {"backend": "onnx", "precision": "int8" if is_int8 else "fp32"}
         self.has_cls = self.facts.get("cls") != "none"
         self.num_calls = max(1, (threads or num_cores()) // threads_per_call)
-        self.tokens_per_call = CPU_TOKENS
+        self.tokens_per_call = 1  # one protein
         path = folder / GRAPH_FILES[is_int8]
         if not path.is_file():
             why = f": its vectors had a cosine of {plain['int8_cosine']:.2f} to those of fp32" if is_int8 else ""
