@@ -206,7 +206,6 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--pool",
         nargs="+",
-        default=["mean"],
         metavar="POOLING",
         help="mean, cls, max over a protein, none for a row per residue; several are kept side by side (mean)",
     )
@@ -397,7 +396,9 @@ def _embed(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         parsed.threads,
     )
     cleaning = Cleaning(parsed.illegal, parsed.gaps, parsed.max_rejected, parsed.sequence_column)
-    pool = ("none", "mean") if parsed.sites is not None else tuple(parsed.pool)
+    if parsed.sites is not None and parsed.pool:
+        raise UserError("--sites gives a residue's vector and its protein's mean; leave --pool out.")
+    pool = tuple(parsed.pool or ["mean"])
     job = Job(parsed.sources, parsed.model, parsed.out, pool, parsed.dtype, parsed.sites, options, cleaning)
     try:
         with quick_imports():

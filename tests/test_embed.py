@@ -316,6 +316,41 @@ def test_two_processes_give_one_result(fasta, model, tmp_path):
     assert "titin" in done.stderr
 
 
+def test_onnx_needs_no_torch_once_it_is_exported(records, fasta, model, tmp_path, monkeypatch, capsys):
+    """The cache is found again by the model's revision; its folder is a model of its own."""
+    monkeypatch.setenv("HF_PLM_CACHE", str(tmp_path / "cache"))
+    onnx = Options(backend="onnx")
+    embed_file(job(fasta, model, tmp_path / "onnx.npz", pool=("none", "cls"), options=onnx))
+    assert "Exporting" in capsys.readouterr().out
+    embed_file(job(fasta, model, tmp_path / "torch.npz", pool=("none", "cls")))
+    for (name, expected), (other, found) in zip(
+        read_result(tmp_path / "torch.npz"), read_result(tmp_path / "onnx.npz"), strict=True
+    ):
+        assert name == other
+        for key in expected:
+            np.testing.assert_allclose(expected[key], found[key], atol=1e-4)
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None)\nfrom hf_plm.cli import main; main(sys.argv[1:])"
+    )
+    (exported,) = (tmp_path / "cache" / "onnx").iterdir()
+    for number, name in enumerate((model, exported)):
+        out = tmp_path / f"{number}.npz"
+        words = ["embed", fasta, "--model", name, "--out", out, "--pool", "none", "--backend", "onnx", "--int8"]
+        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert re.search(
+            r"int8       cosine to fp32 on the first \d+ proteins: residues 0\.9\d+ on average", done.stdout
+        )
+        with np.load(out) as file:
+            assert "cosine to fp32" in str(file["metadata"])
+    for options, message in (
+        (Options(layer=1, backend="onnx"), "was exported for layer 3"),
+        (Options(), "give --backend onnx with it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            embed_file(job(fasta, exported, tmp_path / "no.npz", options=options))
+
+
 def test_shares_are_even_in_tokens(tmp_path):
     from hf_plm.inference.unfinished import shares
 
@@ -353,6 +388,10 @@ def test_rejected_records_are_listed_beside_the_result(model, tmp_path):
         (["--precision", "fp8"], "--precision is one of auto, fp32, bf16, fp16"),
         (["--threads", "0"], "--threads is a number from 1"),
         (["--pool", "mean", "mean"], "--pool names a pooling twice"),
+        (
+            ["--pool", "max", "--sites", "STY"],
+            "--sites gives a residue's vector and its protein's mean; leave --pool out",
+        ),
     ],
 )
 def test_flags_that_make_no_sense(words, message, fasta, model, tmp_path, capsys):

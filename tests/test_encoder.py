@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from support.encoders import (
     KINDS,
     PROTT5_LETTERS,
@@ -15,6 +16,18 @@ from support.encoders import (
     authors_vectors,
     random_model,
     save_encoder,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5EncoderModel,
 )
 
 from hf_plm.config import UserError
@@ -83,8 +96,6 @@ def test_bf16_is_near_fp32(kind, folders):
 def test_t5_bias_reaches_every_distance():
     """Beyond the distances that have buckets of their own, and with proteins of several lengths in one call."""
     model = random_model("Ankh").get_encoder()
-    from transformers import T5EncoderModel
-
     encoder = T5EncoderModel(model.config).eval()
     encoder.encoder = model
     lengths = [300, 1, 700, 40]
@@ -200,3 +211,74 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.import_utils._sentencepiece_available", False, raising=False)
     with pytest.raises(UserError, match=r'pip install "hf_plm\[sentencepiece\]"'):
         Embedder(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "is_pickled"), [("ESM-2", False), ("ProtT5", True)])
+def test_a_repository_on_the_hub(kind, is_pickled, hub, tmp_path):
+    """By its name and revision; weights of other kinds and copies of the model are left where they are."""
+    folder = save_encoder(kind, tmp_path / "model", is_pickled)
+    for name in ("tf_model.h5", "pytorch_model_600k.bin", "flax_model.msgpack"):
+        (folder / name).write_bytes(b"not for us")
+    api = HfApi()
+    api.create_repo("tester/model", private=True)
+    commit = api.upload_folder(repo_id="tester/model", folder_path=folder).oid
+    embedder = Embedder("tester/model")
+    assert embedder.encoder.facts["revision"] == commit
+    assert embedder.encoder.facts["model"] == "tester/model"
+    expected = authors_vectors(kind, folder, UBIQUITIN)
+    np.testing.assert_allclose(embedder.embed([UBIQUITIN], "none")[0], expected, atol=1e-4)
+    taken = {path.name for path in (hub.home / "hub").rglob("snapshots/*/*")}
+    assert not taken & {"tf_model.h5", "pytorch_model_600k.bin", "flax_model.msgpack"}
+    with pytest.raises(UserError, match="has not got"):
+        Embedder("tester/nowhere")
+
+
+def letters_tokenizer(specials, split=True):
+    """Of a model that is of none of the families."""
+    vocabulary = {token: index for index, token in enumerate([*specials, *"ACDEFGHIKLMNPQRSTVWYX"])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token=specials[1]))
+    backend.pre_tokenizer = Split("", "isolated") if split else WhitespaceSplit()
+    ends = {"single": f"{specials[2]} $A {specials[3]}", "special_tokens": [(specials[2], 2), (specials[3], 3)]}
+    backend.post_processor = TemplateProcessing(**ends)
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), specials, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_any_other_encoder(split, tmp_path):
+    """DistilBERT and RoBERTa (whose positions begin after the padding's), with plain and with spaced letters."""
+    torch.manual_seed(0)
+    size = {"num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    for name, model in (
+        ("distilbert", DistilBertModel(DistilBertConfig(vocab_size=25, dim=32, hidden_dim=64, n_layers=2, n_heads=2))),
+        (
+            "roberta",
+            RobertaForMaskedLM(RobertaConfig(vocab_size=25, pad_token_id=0, max_position_embeddings=400, **size)),
+        ),
+    ):
+        folder = tmp_path / name
+        model.eval().save_pretrained(folder)
+        tokenizer = letters_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]"], split)
+        tokenizer.save_pretrained(folder)
+        embedder = Embedder(folder)
+        assert embedder.encoder.facts["family"] == ("letters" if split else "spaced letters")
+        stock = getattr(model, "roberta", model)
+        for sequence, found in zip(SEQUENCES, embedder.embed(SEQUENCES, "none"), strict=True):
+            ids = tokenizer(sequence if split else " ".join(sequence), return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                expected = stock(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 1:-1]
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert embedder.embed(SEQUENCES, "cls").shape == (len(SEQUENCES), 32)
+        assert embedder.encoder.limit == (510 if name == "distilbert" else 397)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_gpu_gives_the_vectors_of_a_cpu(kind, precision, folders):
+    expected = Embedder(folders[kind], device="cpu").embed(SEQUENCES, "none")
+    found = Embedder(folders[kind], device="cuda", precision=precision).embed(SEQUENCES, "none")
+    for a, b in zip(expected, found, strict=True):
+        assert a.shape == b.shape
+        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert cosines.min() > (0.9999 if precision == "fp32" else 0.99)

@@ -37,6 +37,8 @@ SAY_SECONDS = 60.0
 """Between two lines where there is no terminal for a bar."""
 SAMPLE_RESIDUES = 4000
 """That int8 is compared with fp32 on."""
+LEAST_COSINE = 0.99
+"""Of a residue's vector in int8 to the one in fp32; below, it is warned of."""
 
 
 def embed_file(job: Job) -> None:
@@ -174,6 +176,12 @@ def _measure_int8(job: Job, worklist: Worklist) -> str:
         np.concatenate([_cosine(a.arrays[name], b.arrays[name]) for a, b in zip(*found, strict=True)])
         for name in ("none", "mean")
     )
+    if residues_R.min() < LEAST_COSINE:
+        print(
+            f"warning: some vectors of this model are far off in 8 bits (cosine to fp32 {residues_R.min():.3f}); leave "
+            "--int8 out where that matters",
+            file=sys.stderr,
+        )
     return (
         f"cosine to fp32 on the first {len(sample):,} proteins: residues {residues_R.mean():.4f} on average, "
         f"{residues_R.min():.4f} at worst; protein means {proteins_P.mean():.4f}, {proteins_P.min():.4f} at worst"

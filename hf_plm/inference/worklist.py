@@ -5,12 +5,12 @@ sources again. In memory are 16 bytes for each protein; residues and ids are rea
 """
 
 import json
-import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -64,14 +64,14 @@ class Worklist:
         with np.load(folder / BOUNDS) as bounds:
             self.bounds: np.ndarray = bounds["residues"]  # int64 (P+1,)
             self.id_bounds: np.ndarray = bounds["ids"]
-        self._residues, self._ids = (os.open(folder / name, os.O_RDONLY) for name in (RESIDUES, IDS))
+        self._residues, self._ids = (open(folder / name, "rb") for name in (RESIDUES, IDS))  # noqa: SIM115
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
     def close(self) -> None:
-        os.close(self._residues)
-        os.close(self._ids)
+        self._residues.close()
+        self._ids.close()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -93,22 +93,14 @@ class Worklist:
             yield from zip(self.ids(begin, end), self.residues(begin, end), strict=True)
 
 
-def _slices(file: int, bounds: np.ndarray) -> list[bytes]:
+def _slices(file: BinaryIO, bounds: np.ndarray) -> list[bytes]:
     first, last = int(bounds[0]), int(bounds[-1])
-    data = _read(file, first, last - first)
+    file.seek(first)
+    data = file.read(last - first)
+    if len(data) != last - first:
+        raise UserError(f"{file.name} was cut after it was written; remove its folder and begin again.")
     cuts = (bounds - first).tolist()
     return [data[begin:end] for begin, end in pairwise(cuts)]
-
-
-def _read(file: int, offset: int, count: int) -> bytes:
-    parts = []
-    while count:
-        part = os.pread(file, count, offset)
-        if not part:
-            raise UserError("The folder of an unfinished embedding was damaged; remove it and begin again.")
-        parts.append(part)
-        offset, count = offset + len(part), count - len(part)
-    return b"".join(parts)
 
 
 def write_worklist(
