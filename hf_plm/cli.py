@@ -52,10 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"hf-plm: The disk is full{where}; free space and run the same command again.", file=sys.stderr)
+        what = "disk is full" if error.errno == errno.ENOSPC else "disk quota is used up"
+        print(f"hf-plm: The {what}{where}; free space and run the same command again.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -400,9 +401,11 @@ def _embed(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         raise UserError("--sites gives a residue's vector and its protein's mean; leave --pool out.")
     pool = tuple(parsed.pool or ["mean"])
     job = Job(parsed.sources, parsed.model, parsed.out, pool, parsed.dtype, parsed.sites, options, cleaning)
-    try:
+    if parsed.backend == "torch":
         with quick_imports():
-            embed_file(job)
+            import hf_plm.models.encoder  # noqa: F401
+    try:
+        embed_file(job)
     except KeyboardInterrupt:
         print(f"\nInterrupted; the same command goes on with {parsed.out}.", file=sys.stderr)
         raise

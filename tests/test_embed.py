@@ -99,7 +99,7 @@ def test_a_safetensors_result_needs_no_hf_plm(records, fasta, model, tmp_path):
     assert metadata["revision"].startswith("sha256:")
     assert "torch" in metadata["versions"]
     assert metadata["pooling"] == "none"
-    assert metadata["layer"] == "-1"
+    assert metadata["layer"] == "3"
     assert metadata["family"] == "ESM-2"
     assert "overlap" in metadata["long"]
 
@@ -223,6 +223,11 @@ def test_the_same_command_goes_on(fasta, model, tmp_path, monkeypatch, capsys):
     # A line that was cut counts as not there.
     with open(partial / "done-0.txt", "a") as file:
         file.write("0 46")
+    # Stopped once more, after it.
+    portions.pop()
+    with pytest.raises(KeyboardInterrupt):
+        embed_file(job(fasta, model, out, pool=("none", "mean")))
+    ((first, _),) = remaining_ranges(partial)
     for values, message in (
         ({"pool": ("mean",)}, "with another pool"),
         ({"pool": ("none", "mean"), "options": Options(layer=1)}, "with another layer"),
@@ -288,7 +293,32 @@ def test_random_kills_change_nothing(num_kills, model, tmp_path):
     assert all(same)
 
 
-def test_two_processes_give_one_result(fasta, model, tmp_path):
+def test_two_runs_do_not_share_a_result(fasta, model, tmp_path):
+    out = tmp_path / "out.npz"
+    code = (
+        "import sys, time; from pathlib import Path; from hf_plm.lock import locked; "
+        "held = locked(Path(sys.argv[1]), 'is here'); print('held', flush=True); time.sleep(60)"
+    )
+    path = str(tmp_path / ".out.npz.lock")
+    holder = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"Process {holder.pid} of .* embeds into .*out.npz already"):
+            embed_file(job(fasta, model, out))
+    finally:
+        holder.kill()
+        holder.wait()
+    embed_file(job(fasta, model, out))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_two_processes_give_one_result(model, tmp_path):
+    """Enough proteins that each has portions of its own."""
+    fasta = tmp_path / "p.fasta"
+    fasta.write_text(
+        "".join(f">p{number}\n{protein(DRAW.randint(30, 900))}\n" for number in range(150))
+        + f">titin\n{protein(2500)}\n"
+    )
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "launch/embed.py"]
@@ -314,6 +344,47 @@ def test_two_processes_give_one_result(fasta, model, tmp_path):
     assert done.returncode
     assert done.stderr.count("hf-plm: ") == 1
     assert "titin" in done.stderr
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_each_process_takes_portions(model, tmp_path, monkeypatch):
+    """What two ranks write, one after the other, is what one writes."""
+    from hf_plm.inference import embed as module
+
+    fasta = tmp_path / "p.fasta"
+    fasta.write_text("".join(f">p{number}\n{protein(DRAW.randint(30, 900))}\n" for number in range(150)))
+    embed_file(job(fasta, model, tmp_path / "one.npz"))
+    shared = []
+
+    class Rank:
+        size, rank = 2, 0
+
+        def agree(self, work):
+            shared.append(work())
+            return shared[-1]
+
+        def wait(self):
+            raise KeyboardInterrupt
+
+        def close(self):
+            pass
+
+    class Second(Rank):
+        rank = 1
+
+        def agree(self, work):
+            return shared[-1]
+
+    for kind in (Rank, Second):
+        monkeypatch.setattr(module, "Ranks", kind)
+        with pytest.raises(KeyboardInterrupt):
+            embed_file(job(fasta, model, tmp_path / "two.npz"))
+    done = [(tmp_path / "two.npz.partial" / f"done-{rank}.txt").read_text() for rank in range(2)]
+    assert all(done)
+    assert len(shared[0]) > 3
+    monkeypatch.undo()
+    embed_file(job(fasta, model, tmp_path / "two.npz"))
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
 def test_onnx_needs_no_torch_once_it_is_exported(records, fasta, model, tmp_path, monkeypatch, capsys):
@@ -339,7 +410,7 @@ def test_onnx_needs_no_torch_once_it_is_exported(records, fasta, model, tmp_path
         done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert re.search(
-            r"int8       cosine to fp32 on the first \d+ proteins: residues 0\.9\d+ on average", done.stdout
+            r"int8       cosine to fp32 on the first \d+ proteins: residues [01]\.\d+ on average", done.stdout
         )
         with np.load(out) as file:
             assert "cosine to fp32" in str(file["metadata"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -32,9 +33,11 @@ from transformers import (
 
 from hf_plm.config import UserError
 from hf_plm.inference.embedder import Embedder
+from hf_plm.models.attention import VARLEN_ROUTE, _varlen_works, attention_route
 from hf_plm.models.encoder import TorchEncoder, load_encoder, open_encoder
 from hf_plm.models.families import FAMILIES, spelling_of
 from hf_plm.models.t5 import packed_t5_hidden_states
+from hf_plm.models.threads import calls_at_once
 
 SEQUENCES = [UBIQUITIN, "M", SELENOPROTEIN, RARE, UBIQUITIN[::-1] * 4, "MK", UBIQUITIN]
 CPU = torch.device("cpu")
@@ -272,7 +275,56 @@ def test_any_other_encoder(split, tmp_path):
         assert embedder.encoder.limit == (510 if name == "distilbert" else 397)
 
 
+@pytest.mark.parametrize("kind", ["ESM-2", "Ankh", "ProtBert"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_several_threads_give_the_same_to_the_bit(kind, precision, folders):
+    before = torch.get_num_threads()
+    sequences = [UBIQUITIN[: 1 + number % 70] * 3 for number in range(60)]
+    one = Embedder(folders[kind], threads=1, precision=precision).embed(sequences, "none")
+    four = Embedder(folders[kind], threads=4, precision=precision)
+    assert four.encoder.num_calls == 4
+    for a, b in zip(one, four.embed(sequences, "none"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert torch.get_num_threads() == before
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_numbers_that_are_none_are_not_written(folders):
+    embedder = Embedder(folders["ESM-2"], precision="bf16")
+    with torch.no_grad():
+        embedder.encoder._model.encoder.layer[1].output.dense.bias[3] = float("inf")
+    with pytest.raises(UserError, match=r"NaN or infinity\) in bf16, in one of 2 proteins.*--precision fp32"):
+        embedder.embed(["MKT", "GAV"])
+
+
+def test_a_language_model_is_warned_of(tmp_path, folders, capsys, monkeypatch):
+    monkeypatch.setattr("hf_plm.models.encoder.LARGEST_VOCABULARY", 20)
+    Embedder(folders["ESM-2"])
+    assert "has a vocabulary of 33 tokens, as no model of proteins has" in capsys.readouterr().err
+
+
+def test_cores_are_shared_out(monkeypatch):
+    assert [calls_at_once(cores) for cores in (1, 2, 16, 17, 24, 31, 64)] == [
+        *((1, 1), (2, 1), (16, 1), (8, 2), (12, 2), (15, 2), (16, 4)),
+    ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert calls_at_once(None) == (3, 1)
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_asked_for_vectors_first_trains_by_the_kernel_too():
+    _varlen_works.cache_clear()
+    with torch.inference_mode():
+        assert attention_route(torch.device("cuda"), torch.bfloat16) == VARLEN_ROUTE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_gpu_gives_the_vectors_of_a_cpu(kind, precision, folders):

@@ -28,6 +28,9 @@ class Letters:
     def prepare_thread(self):
         self.threads.add(threading.get_ident())
 
+    def leave_threads(self):
+        self.has_left = True
+
     def encode(self, proteins, wants):
         with self.lock:
             self.calls.append(tuple(proteins))
@@ -68,12 +71,11 @@ def test_every_protein_comes_out_in_its_place(lengths, num_portions):
     flat = [one for portion in portions for one in portion]
     assert len(found) == len(flat)
     for vectors, residues in zip(found, flat, strict=True):
-        assert vectors.arrays["none"].shape == (len(residues), 2)
-        np.testing.assert_allclose(vectors.arrays["none"][:, 0], list(residues), rtol=1e-6)
-        np.testing.assert_allclose(vectors.arrays["none"][:, 1], min(len(residues), 10), rtol=1e-6)
+        assert vectors["none"].shape == (len(residues), 2)
+        np.testing.assert_allclose(vectors["none"][:, 0], list(residues), rtol=1e-6)
+        np.testing.assert_allclose(vectors["none"][:, 1], min(len(residues), 10), rtol=1e-6)
         for name in ("mean", "max", "cls"):
-            np.testing.assert_allclose(vectors.arrays[name], [residues[0], min(len(residues), 10)], rtol=1e-6)
-        assert vectors.num_windows == len(windows(len(residues), 10))
+            np.testing.assert_allclose(vectors[name], [residues[0], min(len(residues), 10)], rtol=1e-6)
     for call in encoder.calls:
         assert sum(len(one) + 2 for one in call) <= 20 or len(call) == 1
 
@@ -99,7 +101,7 @@ def test_blending_goes_from_one_window_to_the_next():
 def test_long_proteins_are_cut_or_refused_as_asked():
     protein = b"ACDEFGHIKLMNPQ"
     (cropped,), _ = run([[protein]], long="crop")
-    assert cropped.arrays["none"][:, 0].tolist() == list(protein[:10])
+    assert cropped["none"][:, 0].tolist() == list(protein[:10])
     with pytest.raises(UserError, match=r"Protein 2 has 14 residues, where at most 10.*--long window"):
         run([[b"A", protein]], long="refuse")
 

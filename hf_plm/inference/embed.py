@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +27,23 @@ from hf_plm.inference.ranks import Ranks
 from hf_plm.inference.results import WorkingFile
 from hf_plm.inference.rows import create_rows, read_sites, rows_of, window_counts, write_portion
 from hf_plm.inference.sites import find_sites
-from hf_plm.inference.unfinished import DONE, READY, REQUEST, ROWS, Range, cut_portions, remaining_ranges, shares
+from hf_plm.inference.unfinished import (
+    READY,
+    REQUEST,
+    ROWS,
+    Range,
+    cut_portions,
+    open_done,
+    remaining_ranges,
+    shares,
+)
 from hf_plm.inference.vectors import Encoder, check_poolings, embed_stream
 from hf_plm.inference.worklist import REJECTED, Worklist, write_worklist
+from hf_plm.lock import locked
 
 COMMIT_SECONDS = 2.0
+CHUNK_BYTES = 64_000_000
+"""Of vectors that wait to be written."""
 SAY_SECONDS = 60.0
 """Between two lines where there is no terminal for a bar."""
 SAMPLE_RESIDUES = 4000
@@ -43,39 +54,48 @@ LEAST_COSINE = 0.99
 
 def embed_file(job: Job) -> None:
     """Embeds the sources of a job into its `out`, or goes on with it. Raises `UserError` for what the user can mend."""
-    kind = format_of(job.out)
-    check_format(kind)
+    check_format(format_of(job.out))
     partial = job.out.with_name(f"{job.out.name}.partial")
-    if job.out.exists():
-        _refuse_or_clear(job.out, partial)
-        return
     began = time.monotonic()
     ranks = Ranks()
-    try:
-        encoder = open_encoder(job.model, job.options)
-        check_poolings(encoder, job.wants)
-        failure, portions = _agree(ranks, lambda: _begin(job, encoder, partial))
-        if failure:
-            raise UserError(failure)
-        _run(job, encoder, partial, shares(portions, partial, ranks.size)[ranks.rank], ranks)
+    with ExitStack() as held:
+        held.callback(ranks.close)
+        opened: list[Encoder] = []
+
+        def begin() -> list[Range] | None:
+            _hold(job.out, held)
+            if job.out.exists():
+                _refuse_or_clear(job.out, partial)
+                return None
+            sources = find_sources(job.sources, "train")
+            opened.append(open_encoder(job.model, job.options))
+            check_poolings(opened[0], job.wants)
+            return _begin(job, opened[0], sources, partial)
+
+        portions = ranks.agree(begin)
+        if portions is None:
+            return
+        try:
+            encoder = opened[0] if opened else open_encoder(job.model, job.options)
+            _run(job, encoder, partial, shares(portions, partial, ranks.size)[ranks.rank], ranks)
+        except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # those are told by nobody else
+                print(f"hf-plm: process {ranks.rank}: {error}", file=sys.stderr, flush=True)
+            raise
         ranks.wait()
         if ranks.rank == 0:
             _finish(job, partial, began)
-    finally:
-        ranks.close()
 
 
-def _agree(ranks: Ranks, begin: Callable[[], list[Range]]) -> tuple[str, list[Range]]:
-    """What the first process begins, for all: a sentence where it could not, and the portions that are left."""
-    found: tuple[str, list[Range]] = ("", [])
-    if ranks.rank == 0:
-        try:
-            found = ("", begin())
-        except UserError as error:
-            if ranks.size == 1:
-                raise
-            found = (str(error), [])
-    return ranks.share(found)
+def _hold(out: Path, held: ExitStack) -> None:
+    """Keeps other runs from the same result, until `held` lets go."""
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        lock = locked(path, f"embeds into {out} already", ", or name another --out")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror} ({out.parent}).") from None
+    held.callback(lock.close)
+    held.callback(path.unlink, missing_ok=True)
 
 
 def _refuse_or_clear(out: Path, partial: Path) -> None:
@@ -87,9 +107,8 @@ def _refuse_or_clear(out: Path, partial: Path) -> None:
     raise UserError(f"{out} is there already; name another --out, or move it away.")
 
 
-def _begin(job: Job, encoder: Encoder, partial: Path) -> list[Range]:
+def _begin(job: Job, encoder: Encoder, sources: list[Source], partial: Path) -> list[Range]:
     """Makes the folder of what is unfinished, or opens it; the portions that are left."""
-    sources = find_sources(job.sources, "train")
     limit = limit_of(encoder, job.options)
     request = request_of(job, encoder, sources, limit)
     print(f"model      {_describe(encoder)}", flush=True)
@@ -105,7 +124,7 @@ def _begin(job: Job, encoder: Encoder, partial: Path) -> list[Range]:
         raise UserError(f"{partial} is in the way and not of an embedding; move it away.")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
     except OSError as error:
         raise UserError(f"{job.out} cannot be written: {error.strerror} ({partial}).") from None
     (partial / REQUEST).write_text(json.dumps(request, indent=1), encoding="utf-8")
@@ -129,7 +148,7 @@ def _create(job: Job, encoder: Encoder, worklist: Worklist, limit: int, partial:
         raise UserError(f"--long crop keeps {limit:,} residues of a protein, and --sites names residues after that.")
     metadata = metadata_of(job, encoder, limit, rows_of(job.wants, sites))
     if job.options.int8:
-        metadata["int8"] = _measure_int8(job, worklist)
+        metadata["int8"] = _measure_int8(job, encoder, worklist)
         print(f"int8       {metadata['int8']}", flush=True)
     windows = window_counts(kept, limit)
     create_rows(partial, worklist, encoder.width, job.wants, job.dtype, kept, windows, sites, metadata)
@@ -142,7 +161,7 @@ def _take_in(job: Job, sources: list[Source], partial: Path) -> Worklist:
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=is_quiet) as bar:
             return write_worklist(sources, partial, job.cleaning, bar.update)
     except UserError as error:
-        listed = job.out.with_name(f"{job.out.name}.rejected.tsv")
+        listed = _rejected_name(job.out)
         rejected = (partial / REJECTED).exists() and len((partial / REJECTED).read_bytes().splitlines()) > 1
         if rejected:
             os.replace(partial / REJECTED, listed)
@@ -160,21 +179,18 @@ def _check_long(worklist: Worklist, limit: int, long: str) -> None:
         )
 
 
-def _measure_int8(job: Job, worklist: Worklist) -> str:
+def _measure_int8(job: Job, encoder: Encoder, worklist: Worklist) -> str:
     """How far int8 is from fp32 on the first proteins: the cosines of their vectors."""
     sample: list[bytes] = []
     for _, residues in worklist:
         if sample and sum(map(len, sample)) + len(residues) > SAMPLE_RESIDUES:
             break
         sample.append(residues)
-    found = []
-    for is_int8 in (False, True):
-        encoder = open_encoder(job.model, replace(job.options, int8=is_int8))
-        limit = limit_of(encoder, job.options)
-        found.append(list(embed_stream(encoder, [sample], ("none", "mean"), "window", limit)))
+    exact = open_encoder(job.model, replace(job.options, int8=False))
+    limit = limit_of(encoder, job.options)
+    found = [list(embed_stream(one, [sample], ("none", "mean"), "window", limit)) for one in (exact, encoder)]
     residues_R, proteins_P = (
-        np.concatenate([_cosine(a.arrays[name], b.arrays[name]) for a, b in zip(*found, strict=True)])
-        for name in ("none", "mean")
+        np.concatenate([_cosine(a[name], b[name]) for a, b in zip(*found, strict=True)]) for name in ("none", "mean")
     )
     if residues_R.min() < LEAST_COSINE:
         print(
@@ -201,8 +217,8 @@ def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks
     with ExitStack() as stack:
         worklist = Worklist(partial)
         stack.callback(worklist.close)
-        file = stack.enter_context(WorkingFile.open(partial / ROWS))
-        done = stack.enter_context(open(partial / DONE.format(ranks.rank), "a", encoding="ascii"))
+        file = stack.enter_context(WorkingFile.open(partial / ROWS, is_shared=ranks.size > 1))
+        done = stack.enter_context(open_done(partial, ranks.rank))
         sites = read_sites(partial) if job.sites is not None else None
         limit = limit_of(encoder, job.options)
         progress = stack.enter_context(_Progress(worklist, portions, ranks))
@@ -212,13 +228,14 @@ def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks
         unwritten: list[Range] = []
         last_commit = time.monotonic()
         for begin, end in portions:
-            arrays: dict[str, list[np.ndarray]] = {name: [] for name in job.wants}
+            first, arrays = begin, _empty(job)
             for number in range(begin, end):
-                vectors = next(stream)
-                for name, array in vectors.arrays.items():
+                for name, array in next(stream).items():
                     arrays[name].append(array)
                 progress.count(int(worklist.bounds[number + 1] - worklist.bounds[number]))
-            write_portion(file, begin, arrays, sites)
+                if number + 1 == end or sum(array.nbytes for kind in arrays.values() for array in kind) > CHUNK_BYTES:
+                    write_portion(file, first, arrays, sites)
+                    first, arrays = number + 1, _empty(job)
             unwritten.append((begin, end))
             if time.monotonic() - last_commit > COMMIT_SECONDS or end == portions[-1][1]:
                 file.sync()
@@ -226,6 +243,10 @@ def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks
                 done.flush()
                 os.fsync(done.fileno())
                 unwritten, last_commit = [], time.monotonic()
+
+
+def _empty(job: Job) -> dict[str, list[np.ndarray]]:
+    return {name: [] for name in job.wants}
 
 
 class _Progress:
@@ -291,8 +312,13 @@ def _tell(job: Job, worklist: Worklist, limit: int, partial: Path) -> None:
         print(
             f"rejected   {counts.rejected:,} of {counts.read:,} records, listed in {_rejected_name(job.out)} at the end"
         )
-    if counts.j_to_x:
-        print(f"changed    {counts.j_to_x:,} J written as X")
+    for what, number in (
+        ("J written as X", counts.j_to_x),
+        ("illegal characters written as X", counts.illegal_to_x),
+        ("gaps taken out", counts.gaps_stripped),
+    ):
+        if number:
+            print(f"changed    {number:,} {what}")
     for note in counts.notes:
         print(f"warning: {note}", file=sys.stderr)
     with WorkingFile.open(partial / ROWS, read_only=True) as file:
@@ -307,6 +333,7 @@ def _rejected_name(out: Path) -> Path:
 
 def _finish(job: Job, partial: Path, began: float) -> None:
     """The result in its format and place, the list of rejected records beside it, and nothing else."""
+    assert not remaining_ranges(partial), "a process has not written its share"
     worklist = Worklist(partial)
     num_proteins, num_residues = len(worklist), int(worklist.bounds[-1])
     has_rejected = worklist.counts.rejected > 0

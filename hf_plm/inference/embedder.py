@@ -74,13 +74,13 @@ def open_encoder(model: str | Path, options: Options) -> Encoder:
 
 
 def _open_onnx(name: str, folder: Path, options: Options) -> Encoder:
-    from hf_plm.models.session import OnnxEncoder
+    from hf_plm.models.session import FORMAT, OnnxEncoder
 
     if (folder / ENCODER_FILE).is_file():
         exported = folder
     else:
         found = revision(folder)
-        exported = cache_folder() / "onnx" / f"{found.removeprefix('sha256:')[:16]}-layer{options.layer}"
+        exported = cache_folder() / "onnx" / f"{found.removeprefix('sha256:')[:16]}-layer{options.layer}-{FORMAT}"
         if not (exported / ENCODER_FILE).is_file():
             from transformers import T5EncoderModel
 
@@ -141,7 +141,10 @@ class Embedder:
 
     def embed(self, sequences: Iterable[str], pool: str = "mean") -> np.ndarray | list[np.ndarray]:
         """fp32 (P, D) of P sequences; with `pool="none"` a list of (N, D), a row for each residue."""
-        found = list(self.stream(sequences, pool))
+        if isinstance(sequences, str):
+            raise UserError("Several sequences were expected, not one string; give a list.")
+        # All are cleaned first: a mistake in the last one should not cost the work on the others.
+        found = [vectors[pool] for vectors in self.vectors(list(_cleaned(sequences)), (pool,))]
         if pool == "none":
             return found
         return np.stack(found) if found else np.zeros((0, self.width), dtype=np.float32)
@@ -151,7 +154,7 @@ class Embedder:
         if isinstance(sequences, str):
             raise UserError("Several sequences were expected, not one string; give a list.")
         for vectors in self.vectors(_cleaned(sequences), (pool,)):
-            yield vectors.arrays[pool]
+            yield vectors[pool]
 
     def vectors(self, proteins: Iterable[bytes], pools: Collection[str]) -> Iterator[Vectors]:
         """Several poolings at once, of proteins as `proteins.fasta.clean` leaves them."""
@@ -166,26 +169,12 @@ def embed(
     *,
     layer: int = -1,
     precision: str = "auto",
-    backend: str = "torch",
-    int8: bool = False,
-    long: str = "window",
-    max_length: int | None = None,
-    device: str = "auto",
-    threads: int | None = None,
 ) -> np.ndarray | list[np.ndarray]:
-    """The vectors of sequences: fp32 (P, D), or with `pool="none"` a list of (N, D). See `Embedder` to keep it open."""
-    embedder = Embedder(
-        model,
-        layer=layer,
-        precision=precision,
-        backend=backend,
-        int8=int8,
-        long=long,
-        max_length=max_length,
-        device=device,
-        threads=threads,
-    )
-    return embedder.embed(sequences, pool)
+    """The vectors of sequences: fp32 (P, D), or with `pool="none"` a list of (N, D).
+
+    `Embedder` keeps the model open, and has more to choose.
+    """
+    return Embedder(model, layer=layer, precision=precision).embed(sequences, pool)
 
 
 def _cleaned(sequences: Iterable[str]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 from hf_plm.config import UserError
 from hf_plm.data.sources import Source
 from hf_plm.inference.embedder import Options
-from hf_plm.inference.vectors import Encoder
+from hf_plm.inference.vectors import POOLINGS, Encoder
 from hf_plm.inference.worklist import Cleaning
 
 
@@ -29,6 +29,9 @@ class Job:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16"):
             raise UserError(f"--dtype is float32 or float16, not {self.dtype!r}.")
+        for name in self.pool:
+            if name not in POOLINGS:
+                raise UserError(f"A pooling is one of {', '.join(POOLINGS)}, not {name!r}.")
         if len(set(self.pool)) != len(self.pool):
             raise UserError(f"--pool names a pooling twice: {' '.join(self.pool)}.")
 
@@ -51,7 +54,7 @@ def request_of(job: Job, encoder: Encoder, sources: list[Source], limit: int) ->
     if job.sites is not None and Path(job.sites).is_file():
         sites = [str(Path(job.sites).resolve()), Path(job.sites).stat().st_mtime_ns]
     return {
-        "sources": files or [source.location for source in sources],
+        "sources": files + [source.location for source in sources if not source.files],
         "pool": list(job.wants),
         "dtype": job.dtype,
         "sites": sites,
@@ -59,7 +62,7 @@ def request_of(job: Job, encoder: Encoder, sources: list[Source], limit: int) ->
         "window": limit,
         "cleaning": asdict(job.cleaning),
         **{f"model {name}": value for name, value in encoder.facts.items()},
-        "layer": job.options.layer,
+        "layer": encoder.layer,
         "int8": job.options.int8,
     }
 
@@ -93,7 +96,7 @@ def metadata_of(job: Job, encoder: Encoder, limit: int, rows: str) -> dict[str, 
         "format": "hf_plm embeddings 1",
         "rows": rows,
         "pooling": " ".join(job.wants),
-        "layer": str(job.options.layer),
+        "layer": str(encoder.layer),
         "dtype": job.dtype,
         "long": long,
         "sources": " ".join(Path(str(one)).name for one in job.sources),

@@ -1,8 +1,11 @@
 """The processes of a run under a launcher: who this one is, and what the first tells the others."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+
+from hf_plm.config import UserError
 
 
 class Ranks:
@@ -18,15 +21,22 @@ class Ranks:
 
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
 
-    def share(self, value: Any) -> Any:
-        """What the first process has, for all."""
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives in the first process, for all; a `UserError` of it is one of all."""
         if self.size == 1:
-            return value
+            return work()
         import torch.distributed
 
-        box = [value]
+        box: list[Any] = ["", None]
+        if self.rank == 0:
+            try:
+                box = ["", work()]
+            except UserError as error:
+                box = [str(error), None]
         torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        if box[0]:
+            raise UserError(box[0])
+        return box[1]
 
     def wait(self) -> None:
         if self.size > 1:

@@ -99,9 +99,14 @@ class WorkingFile:
         return working
 
     @classmethod
-    def open(cls, path: Path, read_only: bool = False) -> "WorkingFile":
-        """A file that is there, or a finished result. Raises `UserError` where it is another kind of file, or cut."""
-        file = open(path, "rb" if read_only else "r+b", buffering=0)  # noqa: SIM115
+    def open(cls, path: Path, read_only: bool = False, is_shared: bool = False) -> "WorkingFile":
+        """A file that is there, or a finished result; `is_shared` where other processes write to it at the same time.
+
+        Raises `UserError` where it is another kind of file, or cut.
+        """
+        # Without O_DSYNC, an NFS client may write a whole page back where some of its bytes are another machine's.
+        flags = os.O_DSYNC if is_shared and hasattr(os, "O_DSYNC") else 0
+        file = open(path, "rb" if read_only else "r+b", 0, opener=lambda name, mode: os.open(name, mode | flags))  # noqa: SIM115
         try:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size <= LARGEST_HEADER else b"")

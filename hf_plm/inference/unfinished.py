@@ -5,7 +5,9 @@ rows are on the disk and a line says so; after a kill the others are cut as they
 the model come and the same vectors.
 """
 
+import os
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -33,6 +35,15 @@ def remaining_ranges(partial: Path) -> list[Range]:
             ranges.append((place, begin))
         place = max(place, end)
     return ranges
+
+
+def open_done(partial: Path, rank: int) -> TextIO:
+    """The list of what a process has written, to add to; a last line that was cut is taken off."""
+    path = partial / DONE.format(rank)
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0]) + len(whole[1]))
+    return open(path, "a", encoding="ascii", newline="\n")
 
 
 def cut_portions(worklist: Worklist, encoder: Encoder, ranges: list[Range]) -> list[Range]:

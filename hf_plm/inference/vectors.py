@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Encoder(Protocol):
 
     spelling: Spelling
     width: int
+    layer: int
     limit: int
     facts: dict[str, str]
     has_cls: bool
@@ -39,14 +40,13 @@ class Encoder(Protocol):
 
     def prepare_thread(self) -> None: ...
 
+    def leave_threads(self) -> None: ...
+
     def encode(self, proteins: Sequence[bytes], wants: Collection[str]) -> dict[str, np.ndarray]: ...
 
 
-class Vectors(NamedTuple):
-    """One protein: fp32 arrays by pooling, "none" (N, D), the others (D,); and how many windows it took."""
-
-    arrays: dict[str, np.ndarray]
-    num_windows: int
+Vectors = dict[str, np.ndarray]
+"""One protein: fp32 arrays by pooling, "none" (N, D), the others (D,)."""
 
 
 def windows(num_residues: int, limit: int) -> list[tuple[int, int]]:
@@ -86,7 +86,6 @@ class _Call:
     proteins: list[bytes] = field(default_factory=list)
     begins: list[int] = field(default_factory=list)  # of the windows
     num_residues: int = 0  # of the long protein
-    num_windows: int = 0
     is_last: bool = True
 
 
@@ -113,6 +112,7 @@ def embed_stream(
             yield from gather.finish(first, future.result())
     finally:
         pool.shutdown(cancel_futures=True)
+        encoder.leave_threads()
 
 
 def check_poolings(encoder: Encoder, wants: Collection[str]) -> None:
@@ -160,7 +160,7 @@ def _calls_of_long(residues: bytes, encoder: Encoder, limit: int) -> Iterator[_C
         some = cuts[first : first + per_call]
         pieces = [residues[begin:end] for begin, end in some]
         is_last = first + per_call >= len(cuts)
-        yield _Call(pieces, [begin for begin, _ in some], len(residues), len(cuts), is_last)
+        yield _Call(pieces, [begin for begin, _ in some], len(residues), is_last)
 
 
 class _Gather:
@@ -175,13 +175,10 @@ class _Gather:
         bounds = np.cumsum([0, *map(len, call.proteins)])
         if not call.num_residues:
             for index in range(len(call.proteins)):
-                yield Vectors(
-                    {
-                        name: arrays[name][bounds[index] : bounds[index + 1]] if name == "none" else arrays[name][index]
-                        for name in self._wants
-                    },
-                    1,
-                )
+                yield {
+                    name: arrays[name][bounds[index] : bounds[index + 1]] if name == "none" else arrays[name][index]
+                    for name in self._wants
+                }
             return
         self._blend = self._blend or Blend(call.num_residues, self._limit, self._width)
         for index, begin in enumerate(call.begins):
@@ -196,5 +193,5 @@ class _Gather:
                 found["max"] = residues_ND.max(0)
             if "cls" in self._wants:
                 found["cls"] = np.mean(self._cls, axis=0)  # of all windows
-            yield Vectors({name: found[name] for name in self._wants}, call.num_windows)
+            yield {name: found[name] for name in self._wants}
             self._blend, self._cls = None, []

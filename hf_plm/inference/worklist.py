@@ -51,6 +51,8 @@ class Counts:
     kept: int
     rejected: int
     j_to_x: int
+    illegal_to_x: int
+    gaps_stripped: int
     notes: tuple[str, ...]
 
 
@@ -111,7 +113,7 @@ def write_worklist(
     Raises `UserError` where nothing is left, or more than `max_rejected` is rejected.
     """
     bounds, id_bounds, notes = array("q", [0]), array("q", [0]), []
-    num_read = num_rejected = num_j = 0
+    num_read = num_rejected = num_j = num_illegal = num_gaps = 0
     first_rejected = ""
     with (
         open(folder / RESIDUES, "wb") as residues_file,
@@ -137,6 +139,8 @@ def write_worklist(
                     first_rejected = first_rejected or f"{source.name}, record {number} ({raw.id}){at}: {reason}"
                     continue
                 num_j += cleaned.num_j
+                num_illegal += cleaned.num_illegal
+                num_gaps += cleaned.num_gaps
                 num_letters += len(cleaned.residues)
                 num_bases += len(cleaned.residues) - len(cleaned.residues.translate(None, DNA_LETTERS))
                 residues_file.write(cleaned.residues)
@@ -148,7 +152,7 @@ def write_worklist(
                     "looks like DNA or RNA where protein is expected"
                 )
             notes += [f"{source.name}: {note}" for note in ([source.note] if source.note else []) + own_notes]
-    counts = Counts(num_read, len(bounds) - 1, num_rejected, num_j, tuple(notes))
+    counts = Counts(num_read, len(bounds) - 1, num_rejected, num_j, num_illegal, num_gaps, tuple(notes))
     _check(counts, cleaning, first_rejected)
     np.savez(folder / BOUNDS, residues=np.array(bounds), ids=np.array(id_bounds))
     (folder / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")

@@ -44,15 +44,16 @@ def attention_route(device: torch.device, dtype: torch.dtype, head_dim: int = 64
 def _varlen_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel runs forward and backward on this device and agrees with SDPA, on two short sequences."""
     try:
-        generator = torch.Generator().manual_seed(0)
-        query_THK, key_THK, value_THK = (
-            torch.randn(24, 2, head_dim, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)
-        )
-        cu_seqlens = torch.tensor([0, 16, 24], dtype=torch.int32, device=device)
-        with torch.enable_grad():
+        # Also where it is first asked by somebody who only wants vectors: the answer is kept for training.
+        with torch.inference_mode(False), torch.enable_grad():
+            generator = torch.Generator().manual_seed(0)
+            query_THK, key_THK, value_THK = (
+                torch.randn(24, 2, head_dim, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)
+            )
+            cu_seqlens = torch.tensor([0, 16, 24], dtype=torch.int32, device=device)
             out_THK = varlen_attention(query_THK, key_THK, value_THK, cu_seqlens, 16, 0.125)
             out_THK.float().sum().backward()
-        exact_THK = attention_by_sequence(query_THK, key_THK, value_THK, cu_seqlens.cpu(), 0.125)
+            exact_THK = attention_by_sequence(query_THK, key_THK, value_THK, cu_seqlens.cpu(), 0.125)
         return query_THK.grad is not None and torch.allclose(out_THK.float(), exact_THK.float(), atol=0.05)
     except (ImportError, AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError):
         # An older torch, an older GPU, or a head width that the kernel does not take: the exact route serves.

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
@@ -38,11 +39,12 @@ from hf_plm.models.families import Spelling, family_of, longest, spelling_of
 from hf_plm.models.hub import quiet_loading
 from hf_plm.models.packed import packed_hidden_states
 from hf_plm.models.t5 import packed_t5_hidden_states
-from hf_plm.models.threads import CPU_TOKENS, MOST_CALLS, num_cores
+from hf_plm.models.threads import CPU_TOKENS, calls_at_once
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_TOKENS = 16384
 """Of a call."""
+LARGEST_VOCABULARY = 2000
 LEAST_FULL = 0.9
 """Of a padded batch on a GPU, the shortest row against the longest."""
 
@@ -64,6 +66,7 @@ class TorchEncoder:
         self.spelling, self.limit, self.facts = spelling, limit, facts
         self.width, self.has_cls = int(model.config.hidden_size), facts.get("cls") != "none"
         self._dtype, self._device = DTYPES[precision], device or torch.device("cpu")
+        self.layer = layer % (num_layers(model.config) + 1)
         self._layer = cut_above(model, layer)
         self._model = _lowered(model, self._dtype).to(self._device).eval()
         is_packed_esm = isinstance(model, EsmModel) and model.config.position_embedding_type == "rotary"
@@ -75,9 +78,11 @@ class TorchEncoder:
             else self._stock
         )
         is_cpu = self._device.type == "cpu"
-        threads = threads or num_cores()
-        self.num_calls = min(threads, MOST_CALLS) if is_cpu else 2
-        self._threads_per_call = max(1, threads // self.num_calls)
+        self._threads_before = torch.get_num_threads()
+        self.num_calls, self._threads_per_call = calls_at_once(threads)
+        if not is_cpu:
+            # On CUDA one call is prepared while another runs; Apple's may not be called from two threads.
+            self.num_calls = 2 if self._device.type == "cuda" else 1
         self.tokens_per_call = CPU_TOKENS if is_cpu else GPU_TOKENS
 
     def prepare_thread(self) -> None:
@@ -85,24 +90,40 @@ class TorchEncoder:
         if self._device.type == "cpu":
             torch.set_num_threads(self._threads_per_call)
 
+    def leave_threads(self) -> None:
+        """To be called where those threads have ended: torch takes what one of them set for new threads, too."""
+        if self._device.type == "cpu":
+            torch.set_num_threads(self._threads_before)
+
     def encode(self, proteins: Sequence[bytes], wants: Collection[str]) -> dict[str, np.ndarray]:
         """fp32 arrays by the names in `wants`: "none" (R, D), the residues of all proteins end to end; "mean", "max"
         (B, D), over the residues of each; "cls" (B, D), its first token.
 
-        Where a GPU has not the memory, the proteins are taken in two halves.
+        Where a GPU has not the memory, the proteins are taken in two halves, and later calls get fewer. Raises
+        `UserError` where it has not the memory for one, and where numbers come out that are none.
         """
         try:
-            return self._encode(proteins, wants)
+            return self._checked(proteins, self._encode(proteins, wants))
         except torch.OutOfMemoryError:
             if len(proteins) == 1:
                 raise UserError(
                     f"The memory of {self._device} does not suffice for a protein of {len(proteins[0]):,} residues; "
-                    "--max-length takes it in shorter windows."
+                    "begin again with a smaller --max-length, which takes it in shorter windows."
                 ) from None
         torch.cuda.empty_cache()
+        self.tokens_per_call = max(self.tokens_per_call // 2, CPU_TOKENS)
         half = len(proteins) // 2
         parts = self.encode(proteins[:half], wants), self.encode(proteins[half:], wants)
         return {name: np.concatenate([part[name] for part in parts]) for name in wants}
+
+    def _checked(self, proteins: Sequence[bytes], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if all(np.isfinite(array).all() for array in arrays.values()):
+            return arrays
+        hint = "" if self._dtype == torch.float32 else "; begin again with --precision fp32"
+        raise UserError(
+            f"{self.facts['model']} gives numbers that are none (NaN or infinity) in {self.facts['precision']}, in one "
+            f"of {len(proteins)} proteins of which the first begins {proteins[0][:20].decode()}{hint}."
+        )
 
     @torch.inference_mode()
     def _encode(self, proteins: Sequence[bytes], wants: Collection[str]) -> dict[str, np.ndarray]:
@@ -198,15 +219,21 @@ def open_encoder(folder: Path, name: str) -> tuple[PreTrainedModel, Spelling, di
     tokenizer = _open_tokenizer(folder, config)
     family = family_of(config, tokenizer)
     spelling = spelling_of(family, tokenizer)
+    if len(tokenizer) > LARGEST_VOCABULARY:
+        print(
+            f"warning: {name} has a vocabulary of {len(tokenizer):,} tokens, as no model of proteins has; its vectors "
+            "may mean nothing",
+            file=sys.stderr,
+        )
     model = _open_model(folder, config, family.is_encoder_decoder)
     return model, spelling, {"model": name, "family": family.name, "cls": "first" if family.has_cls else "none"}
 
 
 def pick_device(name: str) -> torch.device:
     """The device of a name such as `cuda:1`; `auto` is the GPU of this process, Apple's, or the CPU."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -217,12 +244,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`auto` is fp32, but on a GPU bf16, or fp16 where it is too old for that."""
+    """`auto` is fp32, but bf16 on a GPU that computes in it; fp16 is for who knows that the model bears it."""
     if name != "auto":
         return name
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "fp32"
 
 
 def num_layers(config: Any) -> int:
@@ -292,9 +320,9 @@ def _open_tokenizer(folder: Path, config: Any) -> Any:
 
 
 def _open_model(folder: Path, config: Any, is_encoder_decoder: bool) -> PreTrainedModel:
-    has_safetensors = any(folder.glob("*.safetensors"))
+    has_safetensors = any(folder.glob("model*.safetensors"))
     if not has_safetensors and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin.")
+        raise UserError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin.")
     opener = AutoModelForTextEncoding if is_encoder_decoder else AutoModel
     options: dict[str, Any] = {}
     kind = MODEL_MAPPING.get(type(config), None)

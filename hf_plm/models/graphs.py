@@ -30,7 +30,8 @@ from transformers import EsmForMaskedLM
 from hf_plm.config import UserError
 from hf_plm.models.anatomy import ACTIVATIONS, SQUARE, Encoder, Layer, describe
 from hf_plm.models.families import Spelling
-from hf_plm.models.session import FACTS_FILE, FORMAT, GRAPH_FILES, open_session
+from hf_plm.models.locate import ENCODER_FILE
+from hf_plm.models.session import FORMAT, GRAPH_FILES, open_session
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
 from hf_plm.version import __version__
 
@@ -69,6 +70,8 @@ def write_graphs(
     folder = Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
     try:
+        if (folder / ENCODER_FILE).is_file():  # another process has written the same meanwhile
+            return folder
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; name another folder for {GRAPH_FILES[False]}, or move that away.")
         temporary.mkdir(parents=True)
@@ -84,7 +87,7 @@ def write_graphs(
         found = {"difference": float(f"{difference:.2g}"), "int8_cosine": float(f"{np.nan_to_num(cosine):.6f}")}
         versions = {"hf_plm": __version__, "onnx": version("onnx"), "onnxruntime": version("onnxruntime")}
         text = json.dumps({"format": FORMAT, **known, **found, "versions": versions}, indent=1)
-        (temporary / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+        (temporary / ENCODER_FILE).write_text(text + "\n", encoding="utf-8")
         _give_name(temporary, folder)
     except OSError as error:
         raise UserError(f"The ONNX folder {folder} cannot be written: {error}") from error
@@ -140,7 +143,7 @@ def _give_name(temporary: Path, folder: Path) -> None:
             folder.rmdir()
         temporary.rename(folder)
     except OSError:
-        if not (folder / FACTS_FILE).is_file():  # else another process has written the same meanwhile
+        if not (folder / ENCODER_FILE).is_file():  # else another process has written the same meanwhile
             raise
 
 

@@ -17,11 +17,15 @@ FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
 ]
 # Of models that have no safetensors (ProtT5, Ankh). Some repositories keep further copies of other names.
 PICKLED = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
@@ -46,18 +50,18 @@ def locate(name: str) -> Path:
     if not is_repository(name):
         raise UserError(f"There is no model {name}: neither a folder nor a repository such as user/model.")
     folder = download(name, "model", FILES)
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("model*.safetensors")):
         folder = download(name, "model", FILES + PICKLED)
     return folder
 
 
 def revision(folder: Path) -> str:
-    """The commit of what came from the Hub; of another folder `sha256:` and the checksum of its weights."""
+    """The commit of what came from the Hub; of another folder `sha256:` and a checksum of all that makes the model."""
     if folder.parent.name == "snapshots":
         return folder.name
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*.onnx*")])
+    patterns = [*FILES, *PICKLED, "*.onnx", "*.onnx.data", ENCODER_FILE]
     total = hashlib.sha256()
-    for path in files:
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{total.hexdigest()}"

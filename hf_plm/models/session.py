@@ -15,11 +15,11 @@ import numpy as np
 
 from hf_plm.config import UserError
 from hf_plm.models.families import Spelling
-from hf_plm.models.threads import num_cores
+from hf_plm.models.locate import ENCODER_FILE
+from hf_plm.models.threads import calls_at_once
 
 FORMAT = 1
 """Of the folder. Raised when an older one can no longer be read, or would give other numbers."""
-FACTS_FILE = "encoder.json"
 GRAPH_FILES = {False: "model.onnx", True: "model_int8.onnx"}
 """By whether it is in int8."""
 
@@ -28,16 +28,16 @@ class OnnxEncoder:
     """An encoder ready to use, from a folder that `graphs.write_graphs` has written.
 
     `encode` may be called from several threads at once, `num_calls` of them with profit. `threads` are the cores to
-    use, all of this process's where it is left out; more than one to a call is for long proteins in a hurry.
+    use, all of this process's where it is left out.
     """
 
-    def __init__(self, folder: Path, is_int8: bool, threads: int | None = None, threads_per_call: int = 1):
+    def __init__(self, folder: Path, is_int8: bool, threads: int | None = None):
         plain = _read_facts(folder)
         self.spelling = Spelling.from_json(plain["spelling"])
         self.width, self.limit, self.layer = (int(plain[name]) for name in ("width", "limit", "layer"))
         self.facts: dict[str, str] = plain["facts"] | {"backend": "onnx", "precision": "int8" if is_int8 else "fp32"}
         self.has_cls = self.facts.get("cls") != "none"
-        self.num_calls = max(1, (threads or num_cores()) // threads_per_call)
+        self.num_calls, threads_per_call = calls_at_once(threads)
         self.tokens_per_call = 1  # one protein
         path = folder / GRAPH_FILES[is_int8]
         if not path.is_file():
@@ -47,6 +47,9 @@ class OnnxEncoder:
 
     def prepare_thread(self) -> None:
         """To be called once in each thread that will call `encode`: here there is nothing to do."""
+
+    def leave_threads(self) -> None:
+        """To be called where those threads have ended: nothing either."""
 
     def encode(self, proteins: Sequence[bytes], wants: Collection[str]) -> dict[str, np.ndarray]:
         """float32 arrays by the names in `wants`: "none" (R, D), the residues of all proteins end to end; "mean", "max"
@@ -112,11 +115,11 @@ def _may_overflow() -> bool:
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
-    path = folder / FACTS_FILE
+    path = folder / ENCODER_FILE
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder} holds no exported encoder: {FACTS_FILE} is missing or cannot be read.") from None
+        raise UserError(f"{folder} holds no exported encoder: {ENCODER_FILE} is missing or cannot be read.") from None
     found = plain.get("format") if isinstance(plain, dict) else None
     if found != FORMAT:
         raise UserError(

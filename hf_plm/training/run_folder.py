@@ -1,11 +1,8 @@
 """The folder of a run: whose it is, and what a run leaves in it."""
 
-import errno
 import json
-import os
 import platform
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +13,7 @@ from hf_plm.config import KNOBS, Recipe, UserError
 from hf_plm.data.corpus import Corpus
 from hf_plm.data.simulate import is_simulated
 from hf_plm.data.sources import is_hub_name
+from hf_plm.lock import locked as hold
 from hf_plm.remote import split_revision
 from hf_plm.training.checkpoint import write_text
 
@@ -78,44 +76,17 @@ def take(folder: Path) -> IO[str]:
 
 
 def locked(path: Path, doing: str, otherwise: str = "") -> IO[str]:
-    """A file held by this process while it is open. Where another has it, a `UserError` says who is `doing` what."""
+    """A file in the run folder, held; see `hf_plm.lock`."""
     try:
-        lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as it is held)
+        return hold(path, doing, otherwise)
     except OSError as error:
         raise _unwritable(path.parent, error) from None
-    try:
-        _lock(lock)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            lock.close()
-            raise UserError(f"Process {holder} {doing}; wait for it or stop it{otherwise}.") from None
-        print(f"{path} cannot be locked ({error.strerror}): take care that no other process writes there.", flush=True)
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} of {platform.node()}\n")
-    lock.flush()
-    return lock
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"The run folder {folder} cannot be written ({error.strerror}); give another one with --run.folder."
     )
-
-
-def _lock(file: IO[str]) -> None:
-    """Raises OSError where another process holds the file; the system lets go of it when its holder dies."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        # Not flock, which forked workers would go on holding after the death of the run.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def stored_recipe(recipe: Recipe, train: Corpus, held_out: Corpus) -> Recipe | None:
