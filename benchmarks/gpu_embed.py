@@ -53,8 +53,7 @@ def padded(model: torch.nn.Module, embedder: Embedder, proteins: Iterator[str], 
             input_ids_BL[row, : len(one)] = one
         tensor_BL = torch.from_numpy(input_ids_BL).to(device)
         mask_BL = (tensor_BL != spelling.pad_id).long()
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden_BLD = model(tensor_BL, attention_mask=mask_BL).last_hidden_state
+        hidden_BLD = model(tensor_BL, attention_mask=mask_BL).last_hidden_state
         inside_BL1 = mask_BL[..., None].clone()
         inside_BL1[:, 0] = 0
         ((hidden_BLD * inside_BL1).sum(1) / inside_BL1.sum(1)).float().cpu().numpy()
@@ -75,23 +74,26 @@ def compete(preset: str, device: str, seconds: float, rounds: int) -> tuple[list
     with tempfile.TemporaryDirectory() as folder:
         save_hub_folder(build_model(esm_config(preset), 0), folder + "/model", "# random weights")
         embedder = Embedder(folder + "/model", precision="bf16", device=device)
-    stock = build_model(esm_config(preset), 0).esm.to(device).eval()
+    stock = build_model(esm_config(preset), 0).esm.to(device, torch.bfloat16).eval()
     proteins = natural_proteins(20_000)
-    ours_lengths = (len(protein) for protein in cycle(proteins))
-    means = embedder.stream(cycle(proteins))
+
+    def ours() -> Iterator[int]:
+        lengths = (len(protein) for protein in cycle(proteins))
+        return (length for length, _ in zip(lengths, embedder.stream(cycle(proteins)), strict=False))
+
     contestants: dict[str, Callable[[], Iterator[int]]] = {
-        "hf_plm": lambda: (length for length, _ in zip(ours_lengths, means, strict=False)),
+        "hf_plm": ours,
         "padded": lambda: padded(stock, embedder, cycle(proteins), BATCH),
         "loop": lambda: padded(stock, embedder, cycle(proteins), 1),
     }
-    streams = {name: make() for name, make in contestants.items()}
-    for stream in streams.values():
-        rate(stream, seconds / 4)  # warms up
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
+    for make in contestants.values():
+        rate(make(), seconds / 4)  # warms up
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, stream in streams.items():
-            found[name].append(rate(stream, seconds))
-    lines, rows = [], []
+        for name, make in contestants.items():  # a new stream each turn, so that none works ahead in another's
+            found[name].append(rate(make(), seconds))
+    lines: list[list[str]] = []
+    rows: list[Row] = []
     for name, values in found.items():
         proteins_s, tokens_s = (median(column) for column in zip(*values, strict=True))
         lines.append([f"{preset}: {name}", f"{proteins_s:,.0f}", f"{tokens_s:,.0f}", str(FLOORS.get(preset, ""))])

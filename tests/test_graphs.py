@@ -232,8 +232,8 @@ def test_threads_and_neighbours_change_nothing(written):
         at_once = list(pool.map(lambda residues: encoder.encode([residues], ["none"])["none"], proteins))
     assert all(map(np.array_equal, alone, at_once))
     assert np.array_equal(np.concatenate(alone), encoder.encode(proteins, ["none"])["none"])
-    shared = OnnxEncoder(written["Ankh"], is_int8=True, threads=4, threads_per_call=2)
-    assert shared.num_calls == 2
+    shared = OnnxEncoder(written["Ankh"], is_int8=True, threads=32)  # two to a call
+    assert shared.num_calls == 16
     np.testing.assert_allclose(shared.encode(proteins[:1], ["none"])["none"], alone[0], atol=1e-3)
     with pytest.raises(AssertionError, match="limit"):
         encoder.encode([b"M" * (LIMIT + 1)], ["mean"])
