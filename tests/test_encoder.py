@@ -33,6 +33,7 @@ from transformers import (
 
 from hf_plm.config import UserError
 from hf_plm.inference.embedder import Embedder
+from hf_plm.models import t5
 from hf_plm.models.attention import VARLEN_ROUTE, _varlen_works, attention_route
 from hf_plm.models.encoder import TorchEncoder, load_encoder, open_encoder
 from hf_plm.models.families import FAMILIES, spelling_of
@@ -96,7 +97,7 @@ def test_bf16_is_near_fp32(kind, folders):
     assert np.abs(exact - rounded).max() > 1e-4
 
 
-def test_t5_bias_reaches_every_distance():
+def test_t5_bias_reaches_every_distance(monkeypatch):
     """Beyond the distances that have buckets of their own, and with proteins of several lengths in one call."""
     model = random_model("Ankh").get_encoder()
     encoder = T5EncoderModel(model.config).eval()
@@ -107,6 +108,13 @@ def test_t5_bias_reaches_every_distance():
     with torch.no_grad():
         for one, found in zip(ids, packed, strict=True):
             torch.testing.assert_close(found, encoder(one[None]).last_hidden_state[0], atol=1e-4, rtol=0)
+        monkeypatch.setattr(t5, "QUERIES", 128)
+        bias = t5._Bias(t5.distance_bias(encoder.encoder.block[0].layer[0].SelfAttention, 700))
+        view = bias.of(0, 300, 300, torch.float32)
+        bias._is_view, bias.most_queries = False, 128  # as on a GPU: written out, some queries at a time
+        pieces = [bias.of(begin, min(128, 300 - begin), 300, torch.float32) for begin in range(0, 300, 128)]
+        assert all(piece.is_contiguous() for piece in pieces)
+        assert torch.equal(torch.cat(pieces, dim=2), view)
         table = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         table[-1] += 1  # the bucket of the farthest distances
         assert (packed_t5_hidden_states(encoder, torch.cat(ids), lengths)[:300] - packed[0]).abs().max() > 1e-3

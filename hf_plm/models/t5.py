@@ -32,7 +32,7 @@ def packed_t5_hidden_states(model: T5EncoderModel, input_ids_T: torch.Tensor, le
     hidden_TD = stack.embed_tokens(input_ids_T)
     if not len(stack.block):
         return hidden_TD
-    bias_HM = distance_bias(stack.block[0].layer[0].SelfAttention, max(lengths))
+    bias = _Bias(distance_bias(stack.block[0].layer[0].SelfAttention, max(lengths)))
     for block in stack.block:
         attention, feed_forward = block.layer[0], block.layer[1]
         heads = attention.SelfAttention
@@ -40,7 +40,7 @@ def packed_t5_hidden_states(model: T5EncoderModel, input_ids_T: torch.Tensor, le
         query_THK, key_THK, value_THK = (
             project(normed_TD).unflatten(-1, (-1, heads.key_value_proj_dim)) for project in (heads.q, heads.k, heads.v)
         )
-        attended_THK = _attend(query_THK, key_THK, value_THK, bias_HM, lengths)
+        attended_THK = _attend(query_THK, key_THK, value_THK, bias, lengths)
         hidden_TD = hidden_TD + heads.o(attended_THK.flatten(1))
         hidden_TD = hidden_TD + _feed_forward(feed_forward.DenseReluDense, _norm(feed_forward.layer_norm, hidden_TD))
     return _norm(stack.final_layer_norm, hidden_TD)
@@ -59,12 +59,34 @@ def distance_bias(attention: Any, length: int) -> torch.Tensor:
     return table(buckets_M).T.contiguous()
 
 
+class _Bias:
+    """What is added to the scores of a protein, keys last to first, for all layers of a call."""
+
+    def __init__(self, bias_HM: torch.Tensor):
+        self._bias_HM, self._longest = bias_HM, (bias_HM.shape[1] + 1) // 2
+        # CPUs read the view; other devices' kernels want it in memory, once for all proteins of a length.
+        self._is_view = bias_HM.device.type == "cpu"
+        self.most_queries = self._longest if self._is_view else QUERIES
+        self._written: dict[tuple[int, int], torch.Tensor] = {}
+
+    def of(self, begin: int, num_queries: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """(1, H, Q, L) of the queries from `begin` on of a protein of `length` tokens."""
+        if self._bias_HM.dtype != dtype:
+            self._bias_HM = self._bias_HM.to(dtype)
+        num_heads, num_distances = self._bias_HM.shape
+        if (begin, length) not in self._written:
+            # Query i and the key that lies at place j are i + j - (length - 1) apart, with a minus.
+            bias_1HQL = self._bias_HM.as_strided(
+                (1, num_heads, num_queries, length), (0, num_distances, 1, 1), self._longest - length + begin
+            )
+            if self._is_view:
+                return bias_1HQL
+            self._written[begin, length] = bias_1HQL.contiguous()
+        return self._written[begin, length]
+
+
 def _attend(
-    query_THK: torch.Tensor,
-    key_THK: torch.Tensor,
-    value_THK: torch.Tensor,
-    bias_HM: torch.Tensor,
-    lengths: Sequence[int],
+    query_THK: torch.Tensor, key_THK: torch.Tensor, value_THK: torch.Tensor, bias: _Bias, lengths: Sequence[int]
 ) -> torch.Tensor:
     """(T, H, K): each protein's attention over itself, T5's way: scores are not scaled."""
     dtype = value_THK.dtype
@@ -73,22 +95,13 @@ def _attend(
     backwards = list(lengths)[::-1]
     keys = key_THK.to(dtype).flip(0).split(backwards)[::-1]
     values = value_THK.flip(0).split(backwards)[::-1]
-    is_cpu = query_THK.device.type == "cpu"
-    bias_HM = bias_HM.to(dtype)
-    longest = (bias_HM.shape[1] + 1) // 2
     attended = []
     for query_LHK, key_LHK, value_LHK in zip(queries, keys, values, strict=True):
         length = len(query_LHK)
         key_1HLK, value_1HLK = (x_LHK.transpose(0, 1)[None] for x_LHK in (key_LHK, value_LHK))
-        for begin in range(0, length, length if is_cpu else QUERIES):
-            query_1HQK = query_LHK[begin : begin + (length if is_cpu else QUERIES)].transpose(0, 1)[None]
-            num_heads, num_queries = query_1HQK.shape[1:3]
-            # Query i and the key that lies at place j are i + j - (length - 1) apart, with a minus.
-            bias_1HQL = bias_HM.as_strided(
-                (1, num_heads, num_queries, length), (0, bias_HM.shape[1], 1, 1), longest - length + begin
-            )
-            if not is_cpu:
-                bias_1HQL = bias_1HQL.contiguous()
+        for begin in range(0, length, bias.most_queries):
+            query_1HQK = query_LHK[begin : begin + bias.most_queries].transpose(0, 1)[None]
+            bias_1HQL = bias.of(begin, query_1HQK.shape[2], length, dtype)
             out_1HQK = scaled_dot_product_attention(query_1HQK, key_1HLK, value_1HLK, attn_mask=bias_1HQL, scale=1.0)
             attended.append(out_1HQK[0].transpose(0, 1))
     return torch.cat(attended)
