@@ -206,9 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument(
         "--pool",
-        nargs="+",
         metavar="POOLING",
-        help="mean, cls, max over a protein, none for a row per residue; several are kept side by side (mean)",
+        help="mean, cls or max over a protein, none: a row per residue; several side by side: none,mean (mean)",
     )
     embed.add_argument("--layer", type=int, default=-1, help="0 the embeddings, -1 what the last layer gives (-1)")
     embed.add_argument("--precision", default="auto", help="of products: fp32, bf16, fp16 (fp32, on GPUs bf16)")
@@ -226,10 +225,11 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--threads", type=int, help="CPU cores to use (all)")
     for name in ("illegal", "gaps"):
         item = KNOBS[f"data.{name}"]
-        embed.add_argument(f"--{name}", default=item.default, help=_meaning(item.name))
+        embed.add_argument(f"--{name}", f"--{item.name}", default=item.default, help=_meaning(item.name))
     item = KNOBS["data.max_rejected"]
-    embed.add_argument("--max-rejected", type=float, default=item.default, help=_meaning(item.name))
-    embed.add_argument("--sequence-column", help=_meaning("data.sequence_column"))
+    embed.add_argument("--max-rejected", f"--{item.name}", type=float, default=item.default, help=_meaning(item.name))
+    item = KNOBS["data.sequence_column"]
+    embed.add_argument("--sequence-column", f"--{item.name}", help=_meaning(item.name))
     embed.set_defaults(run=_embed)
 
     simulate = commands.add_parser(
@@ -399,7 +399,7 @@ def _embed(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     cleaning = Cleaning(parsed.illegal, parsed.gaps, parsed.max_rejected, parsed.sequence_column)
     if parsed.sites is not None and parsed.pool:
         raise UserError("--sites gives a residue's vector and its protein's mean; leave --pool out.")
-    pool = tuple(parsed.pool or ["mean"])
+    pool = tuple(name.strip() for name in (parsed.pool or "mean").split(","))
     job = Job(parsed.sources, parsed.model, parsed.out, pool, parsed.dtype, parsed.sites, options, cleaning)
     if parsed.backend == "torch":
         with quick_imports():

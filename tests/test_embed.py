@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
-from conftest import ROOT
 from safetensors import safe_open
 from support.encoders import UBIQUITIN, authors_vectors, save_encoder
 from test_messy import KEPT, MESSY, REFUSED, UNREADABLE
@@ -27,6 +27,7 @@ from hf_plm.inference.job import Job
 from hf_plm.inference.unfinished import remaining_ranges
 from hf_plm.inference.worklist import Cleaning
 
+ROOT = Path(__file__).parents[1]
 DRAW = random.Random(0)
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
 
@@ -188,7 +189,10 @@ def test_from_python(records, model):
     stream.close()
     assert embedder.embed([]).shape == (0, 48)
     for wrong, message in (
-        ("MKT", "not one string"),
+        ("MKT", "not one str"),
+        ({"a": "MKT"}, "not one dict"),
+        (pandas.DataFrame({"sequence": ["MKT"]}), "not one DataFrame"),
+        (["MKT", None], "Sequence 2 should be a string, not NoneType"),
         (["MK", "M1K"], "Sequence 2: Residues"),
         (["MK", "*"], "Sequence 2 has no residues"),
     ):
@@ -240,8 +244,11 @@ def test_the_same_command_goes_on(fasta, model, tmp_path, monkeypatch, capsys):
     embed_file(job(fasta, model, out, pool=("none", "mean")))
     assert f"going on   after {first} of 46" in capsys.readouterr().out
     assert out.read_bytes() == whole.read_bytes()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="is there already, and was asked for otherwise"):
         embed_file(job(fasta, model, out))
+    embed_file(job(fasta, model, out, pool=("none", "mean")))
+    assert "is there already, whole and as asked for" in capsys.readouterr().out
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_a_run_killed_at_its_very_end_is_cleared_away(fasta, model, tmp_path, monkeypatch, capsys):
@@ -260,7 +267,7 @@ def test_a_run_killed_at_its_very_end_is_cleared_away(fasta, model, tmp_path, mo
     assert out.exists()
     assert (tmp_path / "out.npz.partial").exists()
     embed_file(job(fasta, model, out))
-    assert "is whole" in capsys.readouterr().out
+    assert "is there already, whole" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
 
 
@@ -269,11 +276,11 @@ def test_random_kills_change_nothing(num_kills, model, tmp_path):
     num_proteins = 1200 if num_kills < 5 else 5000
     fasta = tmp_path / "many.fasta"
     fasta.write_text("".join(f">p{number}\n{protein(DRAW.randint(20, 600))}\n" for number in range(num_proteins)))
-    run(fasta, "--model", model, "--out", tmp_path / "whole.h5", "--pool", "mean", "none")
+    run(fasta, "--model", model, "--out", tmp_path / "whole.h5", "--pool", "mean,none")
     out, kills, went_on = tmp_path / "out.h5", 0, 0
     while not out.exists():
         process = subprocess.Popen(
-            command(fasta, "--model", model, "--out", out, "--pool", "mean", "none"), stdout=subprocess.PIPE, cwd=ROOT
+            command(fasta, "--model", model, "--out", out, "--pool", "mean,none"), stdout=subprocess.PIPE, cwd=ROOT
         )
         if kills < num_kills:
             partial = Path(f"{out}.partial")
@@ -322,7 +329,7 @@ def test_two_processes_give_one_result(model, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "launch/embed.py"]
-    words = [fasta, "--model", model, "--pool", "mean", "none", "--out"]
+    words = [fasta, "--model", model, "--pool", "mean,none", "--out"]
     done = subprocess.run(
         [*launch, *map(str, words), str(tmp_path / "two.safetensors")],
         env=environment,
@@ -458,7 +465,8 @@ def test_rejected_records_are_listed_beside_the_result(model, tmp_path):
         (["--int8"], "--int8 is ONNX Runtime's"),
         (["--precision", "fp8"], "--precision is one of auto, fp32, bf16, fp16"),
         (["--threads", "0"], "--threads is a number from 1"),
-        (["--pool", "mean", "mean"], "--pool names a pooling twice"),
+        (["--pool", "mean,mean"], "--pool names a pooling twice"),
+        (["--sites", "S1"], "--sites takes residue letters"),
         (
             ["--pool", "max", "--sites", "STY"],
             "--sites gives a residue's vector and its protein's mean; leave --pool out",
@@ -510,6 +518,52 @@ def test_messy_files_give_all_their_records_or_one_sentence(name, model, tmp_pat
     assert all(np.isfinite(arrays["embeddings"]).all() for _, arrays in found)
     listed = tmp_path / "out.npz.rejected.tsv"
     assert (len(listed.read_text().splitlines()) - 1 if listed.exists() else 0) == rejected
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5", ".parquet", ".npz"])
+def test_a_finished_result_is_known_again(suffix, fasta, model, tmp_path, capsys):
+    out = tmp_path / f"out{suffix}"
+    embed_file(job(fasta, model, out))
+    before = out.stat().st_mtime_ns
+    embed_file(job(fasta, model, out))
+    assert "is there already, whole and as asked for" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was asked for otherwise"):
+        embed_file(job(fasta, model, out, dtype="float16"))
+    assert out.stat().st_mtime_ns == before
+    out.write_bytes(b"a thesis")
+    with pytest.raises(UserError, match=r"is no result of hf-plm embed|is not a safetensors file"):
+        embed_file(job(fasta, model, out))
+    assert out.read_bytes() == b"a thesis"
+
+
+def test_a_list_of_a_few_sites_embeds_a_few_proteins(records, fasta, model, tmp_path, monkeypatch):
+    from hf_plm.models.encoder import TorchEncoder
+
+    given, run = [], TorchEncoder.encode
+    monkeypatch.setattr(
+        TorchEncoder, "encode", lambda self, proteins, wants: given.extend(proteins) or run(self, proteins, wants)
+    )
+    (tmp_path / "sites.tsv").write_text("name\tsite\nb\t1.0\np7\t1\n")
+    embed_file(job(fasta, model, tmp_path / "out.npz", sites=str(tmp_path / "sites.tsv")))
+    chosen = [sequence for name, sequence in records if name in ("b", "p7")]
+    assert [one.decode() for one in given] == chosen
+    for (_, arrays), sequence in zip(read_result(tmp_path / "out.npz"), chosen, strict=True):
+        vectors = authors_vectors("ESM-2", model, sequence)
+        np.testing.assert_allclose(arrays["embeddings"], np.concatenate((vectors[0], vectors.mean(0))), atol=1e-4)
+    embed_file(job(fasta, model, tmp_path / "crop.npz", sites="STY", options=Options(long="crop", max_length=9)))
+    expected = sum(letter in "STY" for _, sequence in records for letter in sequence[:9])
+    assert len(list(read_result(str(tmp_path / "crop.npz")))) == expected
+
+
+def test_an_earlier_list_of_rejected_records_does_not_stay(model, tmp_path):
+    fasta = tmp_path / "p.fasta"
+    fasta.write_text(">a\nMK*T\n")
+    with pytest.raises(UserError, match="1 of 1 records are rejected"):
+        embed_file(job(fasta, model, tmp_path / "out.npz"))
+    assert (tmp_path / "out.npz.rejected.tsv").exists()
+    fasta.write_text(">a\nMKT\n>a\nMKV\n")
+    embed_file(job(fasta, model, tmp_path / "out.npz"))
+    assert not (tmp_path / "out.npz.rejected.tsv").exists()
 
 
 def test_dna_is_warned_of(model, tmp_path, capsys):

@@ -14,6 +14,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from hf_plm.config import UserError
 from hf_plm.data.sources import Source, find_sources
 from hf_plm.inference.embedder import limit_of, open_encoder
-from hf_plm.inference.formats import check_format, finish, format_of
-from hf_plm.inference.job import Job, check_same, metadata_of, request_of
+from hf_plm.inference.formats import check_format, finish, format_of, read_metadata
+from hf_plm.inference.job import Job, check_same, digest_of, metadata_of, request_of
+from hf_plm.inference.progress import Progress, duration
 from hf_plm.inference.ranks import Ranks
 from hf_plm.inference.results import WorkingFile
 from hf_plm.inference.rows import create_rows, read_sites, rows_of, window_counts, write_portion
@@ -42,10 +44,9 @@ from hf_plm.inference.worklist import REJECTED, Worklist, write_worklist
 from hf_plm.lock import locked
 
 COMMIT_SECONDS = 2.0
+NOTHING = np.zeros((0, 0), dtype=np.float32)
 CHUNK_BYTES = 64_000_000
 """Of vectors that wait to be written."""
-SAY_SECONDS = 60.0
-"""Between two lines where there is no terminal for a bar."""
 SAMPLE_RESIDUES = 4000
 """That int8 is compared with fp32 on."""
 LEAST_COSINE = 0.99
@@ -64,13 +65,14 @@ def embed_file(job: Job) -> None:
 
         def begin() -> list[Range] | None:
             _hold(job.out, held)
-            if job.out.exists():
-                _refuse_or_clear(job.out, partial)
-                return None
             sources = find_sources(job.sources, "train")
             opened.append(open_encoder(job.model, job.options))
             check_poolings(opened[0], job.wants)
-            return _begin(job, opened[0], sources, partial)
+            request = request_of(job, opened[0], sources, limit_of(opened[0], job.options))
+            if job.out.exists():
+                _check_finished(job.out, partial, request)
+                return None
+            return _begin(job, opened[0], sources, partial, request)
 
         portions = ranks.agree(begin)
         if portions is None:
@@ -98,19 +100,17 @@ def _hold(out: Path, held: ExitStack) -> None:
     held.callback(path.unlink, missing_ok=True)
 
 
-def _refuse_or_clear(out: Path, partial: Path) -> None:
-    """A result that is there is not made again; what a run that was killed at its very end left is cleared away."""
-    if partial.is_dir() and (not (partial / ROWS).exists() or not remaining_ranges(partial)):
-        shutil.rmtree(partial)
-        print(f"{out} is whole.")
-        return
-    raise UserError(f"{out} is there already; name another --out, or move it away.")
+def _check_finished(out: Path, partial: Path, request: dict[str, Any]) -> None:
+    """A result that was asked for before is not made again; any other in its place is not touched."""
+    if read_metadata(out).get("request") != digest_of(request):
+        raise UserError(f"{out} is there already, and was asked for otherwise; name another --out, or move it away.")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed at its very end
+    print(f"{out} is there already, whole and as asked for.")
 
 
-def _begin(job: Job, encoder: Encoder, sources: list[Source], partial: Path) -> list[Range]:
+def _begin(job: Job, encoder: Encoder, sources: list[Source], partial: Path, request: dict[str, Any]) -> list[Range]:
     """Makes the folder of what is unfinished, or opens it; the portions that are left."""
     limit = limit_of(encoder, job.options)
-    request = request_of(job, encoder, sources, limit)
     print(f"model      {_describe(encoder)}", flush=True)
     if (partial / READY).exists():
         check_same(json.loads((partial / REQUEST).read_text(encoding="utf-8")), request, partial, job.out)
@@ -128,9 +128,10 @@ def _begin(job: Job, encoder: Encoder, sources: list[Source], partial: Path) -> 
     except OSError as error:
         raise UserError(f"{job.out} cannot be written: {error.strerror} ({partial}).") from None
     (partial / REQUEST).write_text(json.dumps(request, indent=1), encoding="utf-8")
+    _rejected_name(job.out).unlink(missing_ok=True)  # of an earlier try
     try:
         worklist = _take_in(job, sources, partial)
-        _create(job, encoder, worklist, limit, partial)
+        _create(job, encoder, worklist, limit, partial, request)
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -139,14 +140,12 @@ def _begin(job: Job, encoder: Encoder, sources: list[Source], partial: Path) -> 
     return cut_portions(worklist, encoder, [(0, len(worklist))])
 
 
-def _create(job: Job, encoder: Encoder, worklist: Worklist, limit: int, partial: Path) -> None:
+def _create(job: Job, encoder: Encoder, worklist: Worklist, limit: int, partial: Path, request: dict[str, Any]) -> None:
     _check_long(worklist, limit, job.options.long)
     lengths = worklist.lengths
     kept = np.minimum(lengths, limit) if job.options.long == "crop" else lengths
-    sites = find_sites(job.sites, worklist) if job.sites is not None else None
-    if sites and (sites.positions > np.repeat(kept, np.diff(sites.bounds))).any():
-        raise UserError(f"--long crop keeps {limit:,} residues of a protein, and --sites names residues after that.")
-    metadata = metadata_of(job, encoder, limit, rows_of(job.wants, sites))
+    sites = find_sites(job.sites, worklist, kept) if job.sites is not None else None
+    metadata = metadata_of(job, encoder, limit, rows_of(job.wants, sites), request)
     if job.options.int8:
         metadata["int8"] = _measure_int8(job, encoder, worklist)
         print(f"int8       {metadata['int8']}", flush=True)
@@ -221,8 +220,13 @@ def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks
         done = stack.enter_context(open_done(partial, ranks.rank))
         sites = read_sites(partial) if job.sites is not None else None
         limit = limit_of(encoder, job.options)
-        progress = stack.enter_context(_Progress(worklist, portions, ranks))
-        proteins = (worklist.residues(begin, end) for begin, end in portions)
+        progress = stack.enter_context(Progress(worklist, portions, ranks))
+        # A list of sites may name few proteins; the others need no vectors.
+        is_needed = np.diff(sites.bounds) > 0 if sites else np.ones(len(worklist), dtype=bool)
+        proteins = (
+            [one for one, needed in zip(worklist.residues(begin, end), is_needed[begin:end], strict=True) if needed]
+            for begin, end in portions
+        )
         stream = embed_stream(encoder, proteins, job.wants, job.options.long, limit)
         stack.callback(stream.close)
         unwritten: list[Range] = []
@@ -230,8 +234,12 @@ def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks
         for begin, end in portions:
             first, arrays = begin, _empty(job)
             for number in range(begin, end):
-                for name, array in next(stream).items():
-                    arrays[name].append(array)
+                if is_needed[number]:
+                    for name, array in next(stream).items():
+                        arrays[name].append(array)
+                elif sites:
+                    for array_list in arrays.values():
+                        array_list.append(NOTHING)
                 progress.count(int(worklist.bounds[number + 1] - worklist.bounds[number]))
                 if number + 1 == end or sum(array.nbytes for kind in arrays.values() for array in kind) > CHUNK_BYTES:
                     write_portion(file, first, arrays, sites)
@@ -247,51 +255,6 @@ def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks
 
 def _empty(job: Job) -> dict[str, list[np.ndarray]]:
     return {name: [] for name in job.wants}
-
-
-class _Progress:
-    """A bar for the first process's share, or now and then a line where there is no terminal."""
-
-    def __init__(self, worklist: Worklist, portions: list[Range], ranks: Ranks):
-        self._is_main = ranks.rank == 0
-        self._num_proteins = sum(end - begin for begin, end in portions)
-        total = sum(int(worklist.bounds[end] - worklist.bounds[begin]) for begin, end in portions)
-        of_all = f" (process 1 of {ranks.size})" if ranks.size > 1 else ""
-        self._bar = tqdm(
-            total=total,
-            disable=not (self._is_main and sys.stderr.isatty()),
-            bar_format=f"embedding  {{percentage:3.0f}}% |{{bar}}| {{desc}}{of_all}, {{remaining}} left",
-            dynamic_ncols=True,
-            leave=False,
-        )
-        self._proteins = self._residues = 0
-        self._began = self._said = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def count(self, num_residues: int) -> None:
-        """One more protein is done."""
-        self._proteins += 1
-        self._residues += num_residues
-        now = time.monotonic()
-        if not self._is_main or (self._bar.disable and now - self._said < SAY_SECONDS):
-            return
-        seconds = max(now - self._began, 1e-9)
-        text = (
-            f"{self._proteins:,} of {self._num_proteins:,} proteins, {self._proteins / seconds:,.1f} proteins/s, "
-            f"{self._residues / seconds:,.0f} residues/s"
-        )
-        if self._bar.disable:
-            self._said = now
-            left = seconds * (self._bar.total - self._residues) / max(self._residues, 1)
-            print(f"{self._residues / self._bar.total:4.0%}  {text}, {_duration(left)} left", flush=True)
-        else:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(num_residues)
 
 
 def _describe(encoder: Encoder) -> str:
@@ -319,6 +282,8 @@ def _tell(job: Job, worklist: Worklist, limit: int, partial: Path) -> None:
     ):
         if number:
             print(f"changed    {number:,} {what}")
+    if counts.repeated_ids:
+        print(f"ids        {counts.repeated_ids:,} records have an id that an earlier one has; all are kept")
     for note in counts.notes:
         print(f"warning: {note}", file=sys.stderr)
     with WorkingFile.open(partial / ROWS, read_only=True) as file:
@@ -348,12 +313,6 @@ def _finish(job: Job, partial: Path, began: float) -> None:
     shutil.rmtree(partial)
     seconds = time.monotonic() - began
     print(
-        f"Finished: {num_proteins:,} proteins, {num_residues:,} residues in {_duration(seconds)}; "
+        f"Finished: {num_proteins:,} proteins, {num_residues:,} residues in {duration(seconds)}; "
         f"{job.out} has {job.out.stat().st_size / 1e6:,.1f} MB."
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

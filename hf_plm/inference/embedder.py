@@ -8,7 +8,7 @@
 With `backend="onnx"` and a model that was exported before, neither torch nor transformers is imported.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,10 +139,11 @@ class Embedder:
         """Numbers in a vector."""
         return self.encoder.width
 
+    def __repr__(self) -> str:
+        return f"Embedder({self.encoder.facts['model']!r}, {self.width} wide, {self.encoder.facts['precision']})"
+
     def embed(self, sequences: Iterable[str], pool: str = "mean") -> np.ndarray | list[np.ndarray]:
         """fp32 (P, D) of P sequences; with `pool="none"` a list of (N, D), a row for each residue."""
-        if isinstance(sequences, str):
-            raise UserError("Several sequences were expected, not one string; give a list.")
         # All are cleaned first: a mistake in the last one should not cost the work on the others.
         found = [vectors[pool] for vectors in self.vectors(list(_cleaned(sequences)), (pool,))]
         if pool == "none":
@@ -151,8 +152,6 @@ class Embedder:
 
     def stream(self, sequences: Iterable[str], pool: str = "mean") -> Iterator[np.ndarray]:
         """The same one by one, in order, with a few sequences read ahead: (D,), or (N, D) with `pool="none"`."""
-        if isinstance(sequences, str):
-            raise UserError("Several sequences were expected, not one string; give a list.")
         for vectors in self.vectors(_cleaned(sequences), (pool,)):
             yield vectors[pool]
 
@@ -178,7 +177,18 @@ def embed(
 
 
 def _cleaned(sequences: Iterable[str]) -> Iterator[bytes]:
+    # Of these, iteration gives letters, keys or names of columns, which would pass for proteins.
+    if isinstance(sequences, str | Mapping) or hasattr(sequences, "columns"):
+        raise UserError(
+            f"A list of sequences was expected, or another iterable of them, not one {type(sequences).__name__}."
+        )
+    return _clean_each(sequences)
+
+
+def _clean_each(sequences: Iterable[str]) -> Iterator[bytes]:
     for number, sequence in enumerate(sequences, start=1):
+        if not isinstance(sequence, str):
+            raise UserError(f"Sequence {number} should be a string, not {type(sequence).__name__}.")
         try:
             residues = clean(sequence).residues
         except IllegalResidueError as error:

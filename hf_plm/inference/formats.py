@@ -94,12 +94,37 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_result(path: Path) -> Iterator[Record]:
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a result says of itself. Raises `UserError` where it is not one of ours, or a package is missing."""
+    path = Path(path)
+    kind = format_of(path)
+    check_format(kind)
+    try:
+        if kind == "safetensors":
+            with WorkingFile.open(path, read_only=True) as file:
+                return file.metadata
+        if kind == "hdf5":
+            import h5py
+
+            with h5py.File(path) as opened:
+                return {name: str(value) for name, value in opened.attrs.items()}
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            return dict(json.loads(pyarrow.parquet.read_schema(path).metadata[b"hf_plm"]))
+        with np.load(path) as arrays:
+            return dict(json.loads(str(arrays["metadata"])))
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        raise UserError(f"{path} is no result of hf-plm embed.") from None
+
+
+def read_result(path: str | Path) -> Iterator[Record]:
     """Id and vectors of each record, in their order, whatever kind of file it is.
 
     `embeddings` is (N, D) of a result per residue and else (D); `mean`, `max` and `cls` are (D), where they are there.
     Raises `UserError` where the file is not one of ours, or a package is missing.
     """
+    path = Path(path)
     kind = format_of(path)
     check_format(kind)
     read = {"hdf5": _read_hdf5, "parquet": _read_parquet, "npz": _read_npz, "safetensors": _read_safetensors}[kind]

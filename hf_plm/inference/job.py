@@ -1,5 +1,7 @@
 """What `hf-plm embed` is asked for, what makes its result the one it is, and what the result says of itself."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +11,7 @@ from typing import Any
 from hf_plm.config import UserError
 from hf_plm.data.sources import Source
 from hf_plm.inference.embedder import Options
+from hf_plm.inference.sites import site_letters
 from hf_plm.inference.vectors import POOLINGS, Encoder
 from hf_plm.inference.worklist import Cleaning
 
@@ -32,6 +35,10 @@ class Job:
         for name in self.pool:
             if name not in POOLINGS:
                 raise UserError(f"A pooling is one of {', '.join(POOLINGS)}, not {name!r}.")
+        if self.sites is not None and not Path(self.sites).is_file() and not site_letters(self.sites):
+            raise UserError(
+                f"--sites takes residue letters, such as STY, or a table of sites; there is no file {self.sites}."
+            )
         if len(set(self.pool)) != len(self.pool):
             raise UserError(f"--pool names a pooling twice: {' '.join(self.pool)}.")
 
@@ -70,14 +77,28 @@ def request_of(job: Job, encoder: Encoder, sources: list[Source], limit: int) ->
 def check_same(was: dict[str, Any], request: dict[str, Any], partial: Path, out: Path) -> None:
     """Raises `UserError` where what is unfinished was asked for otherwise."""
     for name in sorted(was.keys() | request.keys()):
-        if was.get(name) != request.get(name):
-            raise UserError(
-                f"{partial} is of an unfinished embedding with another {name} ({was.get(name)}, now "
-                f"{request.get(name)}); finish that, name another --out than {out}, or remove the folder."
-            )
+        if was.get(name) == request.get(name):
+            continue
+        change = "other sources, or they have changed" if name == "sources" else f"another {name}"
+        values = "" if name == "sources" else f" ({_plain(was.get(name))}, now {_plain(request.get(name))})"
+        raise UserError(
+            f"{partial} is of an unfinished embedding with {change}{values}; finish that, name another --out than "
+            f"{out}, or remove the folder."
+        )
 
 
-def metadata_of(job: Job, encoder: Encoder, limit: int, rows: str) -> dict[str, str]:
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def digest_of(request: dict[str, Any]) -> str:
+    """A request in short, by which its result is known again."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def metadata_of(job: Job, encoder: Encoder, limit: int, rows: str, request: dict[str, Any]) -> dict[str, str]:
     """What the file says of itself."""
     facts = dict(encoder.facts)
     facts.pop("cls")
@@ -101,5 +122,6 @@ def metadata_of(job: Job, encoder: Encoder, limit: int, rows: str) -> dict[str, 
         "long": long,
         "sources": " ".join(Path(str(one)).name for one in job.sources),
         **facts,
+        "request": digest_of(request),
         "versions": " ".join(f"{name} {number}" for name, number in versions.items()),
     }

@@ -93,6 +93,8 @@ def write_portion(file: WorkingFile, begin: int, arrays: dict[str, list[np.ndarr
     if sites:
         for number, (residues_ND, mean_D) in enumerate(zip(arrays["none"], arrays["mean"], strict=True), start=begin):
             here = slice(int(sites.bounds[number]), int(sites.bounds[number + 1]))
+            if here.start == here.stop:
+                continue
             chosen_SD = residues_ND[sites.positions[here] - 1]
             rows_SD = np.concatenate((chosen_SD, np.broadcast_to(mean_D, chosen_SD.shape)), axis=1)
             places = np.arange(here.start, here.stop) if sites.rows is None else sites.rows[here]

@@ -14,7 +14,7 @@ from hf_plm.config import UserError
 from hf_plm.inference.worklist import Worklist
 from hf_plm.proteins.vocabulary import RESIDUES
 
-PROTEIN_COLUMNS = ("protein", "id", "accession", "uniprot", "uniprot_id", "entry", "protein_id")
+PROTEIN_COLUMNS = ("protein", "id", "name", "accession", "uniprot", "uniprot_id", "entry", "protein_id")
 POSITION_COLUMNS = ("position", "site", "pos", "residue_position")
 RESIDUE_COLUMNS = ("residue", "aa", "amino_acid", "letter")
 
@@ -60,22 +60,26 @@ class Sites:
                 yield f"{id_}_{chr(letter)}{position}"
 
 
-def find_sites(given: str, worklist: Worklist) -> Sites:
-    """The sites that letters such as `STY`, or a table with columns for protein and position, stand for.
+def site_letters(given: str) -> str:
+    """The residues that letters such as `STY` or `S,T,Y` stand for; '' where it is something else."""
+    letters = given.upper().replace(",", "").replace(" ", "")
+    return "" if set(letters) - set(RESIDUES) else letters
 
-    Raises `UserError` where there are none, and for a row of the table whose protein, position or residue is not that
-    of the sequences.
+
+def find_sites(given: str, worklist: Worklist, kept: np.ndarray) -> Sites:
+    """The sites that letters, or a table with columns for protein and position, stand for.
+
+    `kept` (P,) are the residues, from the first, that each protein has vectors for. Raises `UserError` where there is
+    no site, and for rows of the table whose protein, position or residue is not that of the sequences.
     """
     if Path(given).expanduser().is_file():
-        return _listed(Path(given).expanduser(), worklist)
-    letters = given.upper()
-    if not letters or set(letters) - set(RESIDUES):
-        raise UserError(f"--sites takes residue letters, such as STY, or a table of sites; there is no file {given}.")
+        return _listed(Path(given).expanduser(), worklist, kept)
+    letters = site_letters(given)
     table = np.zeros(256, dtype=bool)
     table[list(letters.encode())] = True
     counts, positions, found = [], [], []
-    for _, residues in worklist:
-        letters_N = np.frombuffer(residues, dtype=np.uint8)
+    for number, (_, residues) in enumerate(worklist):
+        letters_N = np.frombuffer(residues, dtype=np.uint8)[: kept[number]]
         places = np.flatnonzero(table[letters_N])
         counts.append(len(places))
         positions.append((places + 1).astype(np.int32))
@@ -85,7 +89,7 @@ def find_sites(given: str, worklist: Worklist) -> Sites:
     return Sites(np.cumsum([0, *counts]), np.concatenate(positions), np.concatenate(found))
 
 
-def _listed(path: Path, worklist: Worklist) -> Sites:
+def _listed(path: Path, worklist: Worklist, kept: np.ndarray) -> Sites:
     """The sites of a table, their rows in its order."""
     rows = list(_read_table(path))
     numbers: dict[str, int] = {}
@@ -98,22 +102,37 @@ def _listed(path: Path, worklist: Worklist) -> Sites:
                 ambiguous.add(name)
     proteins_S = np.empty(len(rows), dtype=np.int64)
     positions_S, letters_S = np.empty(len(rows), dtype=np.int32), np.empty(len(rows), dtype=np.uint8)
+    faults = []
     for index, (line, protein, position, residue) in enumerate(rows):
-        where = f"{path}, line {line}"
-        if protein not in numbers:
-            raise UserError(f"{where}: there is no protein {protein!r} among the sequences that are embedded.")
-        if protein in ambiguous:
-            raise UserError(f"{where}: several sequences have the id {protein!r}, so the site's protein is not known.")
-        (residues,) = worklist.residues(numbers[protein], numbers[protein] + 1)
-        if not 1 <= position <= len(residues):
-            raise UserError(f"{where}: {protein} has {len(residues):,} residues, and none at position {position}.")
-        letter = residues[position - 1]
-        if residue and residue.upper() != chr(letter):
-            raise UserError(f"{where}: {protein} has {chr(letter)} at position {position}, not {residue} (from 1).")
-        proteins_S[index], positions_S[index], letters_S[index] = numbers[protein], position, letter
+        number = numbers.get(protein, -1)
+        residues = worklist.residues(number, number + 1)[0] if number >= 0 else b""
+        if fault := _fault(protein, position, residue, residues, number < 0, protein in ambiguous, kept[number]):
+            faults.append(f"line {line}: {fault}")
+            continue
+        proteins_S[index], positions_S[index], letters_S[index] = number, position, residues[position - 1]
+    if faults:
+        raise UserError(f"{path}: {len(faults):,} of {len(rows):,} rows do not fit, the first in {faults[0]}.")
     order = np.argsort(proteins_S, kind="stable")
     counts = np.bincount(proteins_S, minlength=len(worklist))
     return Sites(np.cumsum([0, *counts]), positions_S[order], letters_S[order], order)
+
+
+def _fault(
+    protein: str, position: int, residue: str, residues: bytes, is_missing: bool, is_ambiguous: bool, kept: int
+) -> str:
+    """What is wrong with a row, or ''."""
+    if is_missing:
+        return f"there is no protein {protein!r} among the sequences that are embedded"
+    if is_ambiguous:
+        return f"several sequences have the id {protein!r}, so the site's protein is not known"
+    if not 1 <= position <= len(residues):
+        return f"{protein} has {len(residues):,} residues, and none at position {position}"
+    if position > kept:
+        return f"--long crop keeps {kept:,} residues of {protein}, and position {position} is not among them"
+    letter = chr(residues[position - 1])
+    if residue and residue.upper() != letter:
+        return f"{protein} has {letter} at position {position}, not {residue} (from 1)"
+    return ""
 
 
 def _read_table(path: Path) -> Iterator[tuple[int, str, int, str]]:
@@ -135,7 +154,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, str, int, str]]:
             count = 0
             for row in reader:
                 count += 1
-                text = (row[position] or "").strip()
+                text = (row[position] or "").strip().removesuffix(".0")
                 if not text.isdigit():
                     raise UserError(f"{path}, line {reader.line_num}: a position is a number from 1, not {text!r}.")
                 letter = (row[residue] or "").strip() if residue else ""

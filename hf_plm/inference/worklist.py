@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.data.heldout import SeenHashes
 from hf_plm.data.intake import DNA_FEWEST_LETTERS, DNA_LETTERS, DNA_SHARE
 from hf_plm.data.sources import Source, read_records
 from hf_plm.proteins.fasta import IllegalResidueError, clean
@@ -53,6 +54,7 @@ class Counts:
     j_to_x: int
     illegal_to_x: int
     gaps_stripped: int
+    repeated_ids: int
     notes: tuple[str, ...]
 
 
@@ -115,6 +117,7 @@ def write_worklist(
     bounds, id_bounds, notes = array("q", [0]), array("q", [0]), []
     num_read = num_rejected = num_j = num_illegal = num_gaps = 0
     first_rejected = ""
+    seen, hashes, num_new_ids = SeenHashes(), array("q"), 0
     with (
         open(folder / RESIDUES, "wb") as residues_file,
         open(folder / IDS, "wb") as ids_file,
@@ -145,6 +148,10 @@ def write_worklist(
                 num_bases += len(cleaned.residues) - len(cleaned.residues.translate(None, DNA_LETTERS))
                 residues_file.write(cleaned.residues)
                 bounds.append(bounds[-1] + len(cleaned.residues))
+                hashes.append(hash(raw.id))
+                if len(hashes) == 4096:
+                    num_new_ids += int(seen.add(np.array(hashes).view(np.uint64)).sum())
+                    hashes = array("q")
                 id_bounds.append(id_bounds[-1] + ids_file.write(raw.id.encode("utf-8", errors="replace")))
             if num_letters >= DNA_FEWEST_LETTERS and num_bases > DNA_SHARE * num_letters:
                 own_notes.append(
@@ -152,7 +159,9 @@ def write_worklist(
                     "looks like DNA or RNA where protein is expected"
                 )
             notes += [f"{source.name}: {note}" for note in ([source.note] if source.note else []) + own_notes]
-    counts = Counts(num_read, len(bounds) - 1, num_rejected, num_j, num_illegal, num_gaps, tuple(notes))
+    num_new_ids += int(seen.add(np.array(hashes).view(np.uint64)).sum()) if hashes else 0
+    num_repeated = len(bounds) - 1 - num_new_ids
+    counts = Counts(num_read, len(bounds) - 1, num_rejected, num_j, num_illegal, num_gaps, num_repeated, tuple(notes))
     _check(counts, cleaning, first_rejected)
     np.savez(folder / BOUNDS, residues=np.array(bounds), ids=np.array(id_bounds))
     (folder / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")

@@ -45,6 +45,8 @@ def locate(name: str) -> Path:
                 "a model, which can be embedded with."
             )
         raise UserError(f"{name} holds no model: it should have config.json, weights and a tokenizer.")
+    if path.suffix in (".safetensors", ".bin", ".json", ".onnx") and path.exists():
+        raise UserError(f"{name} is one file of a model; give the folder that it is in.")
     if path.exists():
         raise UserError(f"{name} is a file, where a folder was expected; hf-plm export {name} --out FOLDER makes one.")
     if not is_repository(name):
