@@ -63,12 +63,6 @@ def command(*words):
     return [sys.executable, "-m", "hf_plm.cli", "embed", *map(str, words)]
 
 
-def run(*words, expect=0):
-    done = subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == expect, done.stderr
-    return done
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5", ".parquet", ".npz"])
 def test_every_format_holds_the_same(suffix, records, fasta, model, tmp_path):
     out = tmp_path / f"result{suffix}"
@@ -273,24 +267,31 @@ def test_a_run_killed_at_its_very_end_is_cleared_away(fasta, model, tmp_path, mo
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_random_kills_change_nothing(num_kills, model, tmp_path):
-    num_proteins = 1200 if num_kills < 5 else 5000
+    num_proteins = 1600 if num_kills < 5 else 5000
     fasta = tmp_path / "many.fasta"
     fasta.write_text("".join(f">p{number}\n{protein(DRAW.randint(20, 600))}\n" for number in range(num_proteins)))
-    run(fasta, "--model", model, "--out", tmp_path / "whole.h5", "--pool", "mean,none")
+    embed_file(job(fasta, model, tmp_path / "whole.h5", pool=("mean", "none")))
     out, kills, went_on = tmp_path / "out.h5", 0, 0
+    done = Path(f"{out}.partial") / "done-0.txt"
+
+    def written():
+        return done.stat().st_size if done.exists() else 0
+
     while not out.exists():
+        before = written()
         process = subprocess.Popen(
             command(fasta, "--model", model, "--out", out, "--pool", "mean,none"), stdout=subprocess.PIPE, cwd=ROOT
         )
         if kills < num_kills:
-            partial = Path(f"{out}.partial")
-            while process.poll() is None and not any(partial.glob("done-0.txt")):
-                time.sleep(0.05)
-            time.sleep(DRAW.uniform(0.0, 4.0))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+            # At any moment from the start on; every other time, after it has got somewhere.
+            while process.poll() is None and (not done.exists() or (kills % 2 == 0 and written() == before)):
+                time.sleep(0.02)
+            time.sleep(DRAW.uniform(0.0, 1.0))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
         text = process.communicate()[0].decode()
-        went_on += "going on" in text
+        went_on += "going on   after" in text and "going on   after 0 of" not in text
     assert kills
     assert went_on
     same = (
@@ -441,18 +442,24 @@ def test_shares_are_even_in_tokens(tmp_path):
         assert max(tokens) - min(tokens) <= 4000
 
 
-def test_rejected_records_are_listed_beside_the_result(model, tmp_path):
+def test_rejected_records_are_listed_beside_the_result(model, tmp_path, capsys):
+    from hf_plm.cli import main
+
     fasta = tmp_path / "p.fasta"
     fasta.write_text("".join(f">p{number}\n{protein(30)}\n" for number in range(30)) + ">odd\nMK1T\n>none\n\n")
-    done = run(fasta, "--model", model, "--out", tmp_path / "out.npz")
-    assert "rejected   2 of 32 records" in done.stdout
-    assert "out.npz.rejected.tsv" in done.stdout
+    words = ["embed", str(fasta), "--model", str(model), "--out"]
+    main([*words, str(tmp_path / "out.npz")])
+    told = capsys.readouterr().out
+    assert "rejected   2 of 32 records" in told
+    assert "out.npz.rejected.tsv" in told
     lines = (tmp_path / "out.npz.rejected.tsv").read_text().splitlines()
     assert lines[1:] == ["p.fasta\t31\todd\t3\tillegal character '1'", "p.fasta\t32\tnone\t\tno residues"]
-    done = run(fasta, "--model", model, "--out", tmp_path / "all.npz", "--illegal", "x", "--max-rejected", "0.5")
+    main([*words, str(tmp_path / "all.npz"), "--illegal", "x", "--data.max_rejected", "0.5"])
+    assert "1 illegal characters written as X" in capsys.readouterr().out
     assert [name for name, _ in read_result(tmp_path / "all.npz")][-1] == "odd"
-    done = run(fasta, "--model", model, "--out", tmp_path / "no.npz", "--max-rejected", "0.01", expect=1)
-    assert done.stderr.startswith("hf-plm: 2 of 32 records are rejected")
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "no.npz"), "--max-rejected", "0.01"])
+    assert capsys.readouterr().err.startswith("hf-plm: 2 of 32 records are rejected")
     assert (tmp_path / "no.npz.rejected.tsv").exists()
 
 
