@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -316,6 +317,18 @@ def test_a_folder_is_whole_or_absent(tmp_path, monkeypatch):
         write("ESM-2", tmp_path / "stopped", limit=50)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
     assert (tmp_path / "full" / "thesis.txt").read_text() == "Chapter 1"
+
+
+def test_what_a_killed_export_left_is_swept_after_a_day(tmp_path):
+    old, young, other = (tmp_path / name for name in (".onnx.0123456789abcdef", ".onnx." + "a" * 16, ".onnx.backup"))
+    for path in (old, young, other):
+        path.mkdir()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write("ESM-2", tmp_path / "onnx", limit=50)
+    assert not old.exists()
+    assert young.exists()
+    assert other.exists()
 
 
 def test_of_two_that_write_the_same_the_first_wins(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,8 @@ LEAST_COSINE = 0.9
 """Of int8 to torch, a mean over residues. A graph below it is not kept."""
 PROBES = (1, 5, 64, 300, 1100)
 """Residues of the proteins that are compared, where the model takes so many."""
+STALE_SECONDS = 86_400
+"""After which a folder that was being written is taken for that of a process that was killed."""
 OPSET, IR_VERSION = 23, 11  # 23 is the first with Attention, and is in ONNX Runtime since 1.23
 _MICROSOFT = ("MatMulIntegerToFloat", "MultiHeadAttention", "QuickGelu", "RotaryEmbedding")
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -74,6 +77,9 @@ def write_graphs(
             return folder
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; name another folder for {GRAPH_FILES[False]}, or move that away.")
+        for stale in folder.parent.glob(f".{folder.name}.{'[0-9a-f]' * 16}"):  # of an export that was killed
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
         for is_int8, name in GRAPH_FILES.items():
             write_graph(encoder, layer, is_int8, temporary / name)
