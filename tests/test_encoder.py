@@ -285,20 +285,22 @@ def test_any_other_encoder(split, tmp_path):
 
 @pytest.mark.parametrize("kind", ["ESM-2", "Ankh", "ProtBert"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_several_threads_give_the_same_to_the_bit(kind, precision, folders):
+def test_several_threads_give_the_same_to_the_bit(kind, precision, folders, request):
     before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     sequences = [UBIQUITIN[: 1 + number % 70] * 3 for number in range(60)]
     one = Embedder(folders[kind], threads=1, precision=precision).embed(sequences, "none")
     four = Embedder(folders[kind], threads=4, precision=precision)
     assert four.encoder.num_calls == 4
     for a, b in zip(one, four.embed(sequences, "none"), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 3
     found = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert found == [before]
+    assert found == [3]
 
 
 def test_numbers_that_are_none_are_not_written(folders):
