@@ -382,7 +382,7 @@ def _export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _embed(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     from hf_plm.inference.embed import embed_file
-    from hf_plm.inference.embedder import Options
+    from hf_plm.inference.embedder import Options, require_torch
     from hf_plm.inference.job import Job
     from hf_plm.inference.worklist import Cleaning
 
@@ -403,7 +403,7 @@ def _embed(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     job = Job(parsed.sources, parsed.model, parsed.out, pool, parsed.dtype, parsed.sites, options, cleaning)
     if parsed.backend == "torch":
         with quick_imports():
-            import hf_plm.models.encoder  # noqa: F401
+            require_torch()
     try:
         embed_file(job)
     except KeyboardInterrupt:

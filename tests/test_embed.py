@@ -422,6 +422,10 @@ def test_onnx_needs_no_torch_once_it_is_exported(records, fasta, model, tmp_path
         )
         with np.load(out) as file:
             assert "cosine to fp32" in str(file["metadata"])
+    words = ["embed", fasta, "--model", model, "--out", tmp_path / "no.npz"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"hf-plm: This needs \w+, which is not installed: .*--backend onnx .*\n", done.stderr)
     for options, message in (
         (Options(layer=1, backend="onnx"), "was exported for layer 3"),
         (Options(), "give --backend onnx with it"),

@@ -56,6 +56,17 @@ class Options:
             )
 
 
+def require_torch() -> None:
+    """Imports what runs and exports stock models. Raises `UserError` where torch or transformers is not there."""
+    try:
+        import hf_plm.models.encoder  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"This needs {error.name}, which is not installed: install hf_plm with what it depends on, or give "
+            "--backend onnx and a folder that it has exported elsewhere."
+        ) from None
+
+
 def open_encoder(model: str | Path, options: Options) -> Encoder:
     """The model, ready; with `--backend onnx` it is exported once and found again by its revision."""
     name = str(model)
@@ -64,6 +75,7 @@ def open_encoder(model: str | Path, options: Options) -> Encoder:
         raise UserError(f"{name} is an exported encoder; give --backend onnx with it.")
     if options.backend == "onnx":
         return _open_onnx(name, folder, options)
+    require_torch()
     from hf_plm.models.encoder import load_encoder, pick_device, pick_precision
 
     device = pick_device(options.device)
@@ -82,6 +94,7 @@ def _open_onnx(name: str, folder: Path, options: Options) -> Encoder:
         found = revision(folder)
         exported = cache_folder() / "onnx" / f"{found.removeprefix('sha256:')[:16]}-layer{options.layer}-{FORMAT}"
         if not (exported / ENCODER_FILE).is_file():
+            require_torch()
             from transformers import T5EncoderModel
 
             from hf_plm.models.encoder import open_encoder as open_in_torch
