@@ -1,9 +1,12 @@
 """launch/pretrain.py, and at the end a note of what DeepSpeed's optimizer says of itself: `<run folder>/zero.json`.
 
-Whether something is offloaded shows nowhere else on a machine whose device is the host.
+Whether something is offloaded shows nowhere else on a machine whose device is the host. And a process of several that
+takes Python apart at its end, where a thread of gloo may still be at work, aborts for certain here.
 """
 
+import atexit
 import json
+import os
 import sys
 from typing import Any
 
@@ -29,5 +32,7 @@ def gather_stock(accelerator: Any, model: Any, optimizer: Any) -> Any:
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit.register(os.abort)
     pretrain.gather_stock = gather_stock
     main(["pretrain", *sys.argv[1:]])
