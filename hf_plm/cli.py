@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _leave() -> None:
     """End a finished process of several at once, without Python taking itself apart.
 
-    A thread of gloo may still hold a tensor then: it wants Python back to let go of it, and the process aborts (seen once
-    in some hundred runs under ZeRO-3, all files written: "terminate called without an active exception").
+    A thread of gloo may still hold a tensor then: it wants Python back to let go of it, and the process aborts (once in
+    some hundred runs under ZeRO-3, all files written: "terminate called without an active exception").
     """
     sys.stdout.flush()
     sys.stderr.flush()

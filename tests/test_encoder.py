@@ -130,7 +130,7 @@ def test_pickled_weights_are_opened_as_tensors_alone(tmp_path):
             return (open, (str(tmp_path / "was_here"), "w"))
 
     torch.save({"shared.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be opened as an encoder"):
+    with pytest.raises(UserError, match="cannot be opened as a model"):
         Embedder(tmp_path)
     assert not (tmp_path / "was_here").exists()
 

@@ -4,7 +4,7 @@ Two routes compute the same thing. Where the device and the precision allow it (
 own variable-length kernel takes the whole micro-batch in one launch: fp16 or bf16 on Ampere and newer. Everywhere else
 scaled-dot-product attention takes one sequence after the other.
 
-Dimensions: T tokens of a packed micro-batch, H heads, K width of a head, B sequences.
+Dimensions: T tokens of a packed micro-batch, P of them that are asked for, H heads, K width of a head, B sequences.
 """
 
 import functools
@@ -92,6 +92,34 @@ def attention_by_sequence(
     pieces = zip(*(x_THK.split(lengths) for x_THK in (query_THK, key_THK, value_THK)), strict=True)
     attended = []
     # Autocast, left on, would cast what comes in fp32.
+    with torch.autocast(value_THK.device.type, enabled=False):
+        for piece in pieces:
+            query_1HLK, key_1HLK, value_1HLK = (x_LHK.transpose(0, 1)[None] for x_LHK in piece)
+            out_1HLK = scaled_dot_product_attention(query_1HLK, key_1HLK, value_1HLK, scale=scale)
+            attended.append(out_1HLK[0].transpose(0, 1))
+    return torch.cat(attended)
+
+
+def attention_at(
+    query_PHK: torch.Tensor,
+    key_THK: torch.Tensor,
+    value_THK: torch.Tensor,
+    packing: Packing,
+    counts_B: list[int],
+    scale: float,
+) -> torch.Tensor:
+    """(P, H, K): attention of some tokens of each sequence, `counts_B` of them, over all of it; no gradients."""
+    if packing.cu_seqlens_cpu is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        counts = torch.tensor([0, *counts_B], device=query_PHK.device).cumsum(0, dtype=torch.int32)
+        bounds = (counts, packing.cu_seqlens, max(counts_B), packing.max_seqlen)
+        out_PHK = varlen_attn(query_PHK, key_THK, value_THK, *bounds, scale=scale)
+        assert isinstance(out_PHK, torch.Tensor)
+        return out_PHK
+    lengths = packing.cu_seqlens_cpu.diff().tolist()
+    pieces = zip(query_PHK.split(counts_B), key_THK.split(lengths), value_THK.split(lengths), strict=True)
+    attended = []
     with torch.autocast(value_THK.device.type, enabled=False):
         for piece in pieces:
             query_1HLK, key_1HLK, value_1HLK = (x_LHK.transpose(0, 1)[None] for x_LHK in piece)

@@ -26,6 +26,7 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForTextEncoding,
     AutoTokenizer,
     BertConfig,
@@ -68,7 +69,7 @@ class TorchEncoder:
         self._dtype, self._device = DTYPES[precision], device or torch.device("cpu")
         self.layer = layer % (num_layers(model.config) + 1)
         self._layer = cut_above(model, layer)
-        self._model = _lowered(model, self._dtype).to(self._device).eval()
+        self._model = lowered(model, self._dtype).to(self._device).eval()
         is_packed_esm = isinstance(model, EsmModel) and model.config.position_embedding_type == "rotary"
         self._run = (
             self._packed_esm
@@ -225,8 +226,26 @@ def open_encoder(folder: Path, name: str) -> tuple[PreTrainedModel, Spelling, di
             "may mean nothing",
             file=sys.stderr,
         )
-    model = _open_model(folder, config, family.is_encoder_decoder)
+    opener = AutoModelForTextEncoding if family.is_encoder_decoder else AutoModel
+    model = _open_model(folder, config, opener)
     return model, spelling, {"model": name, "family": family.name, "cls": "first" if family.has_cls else "none"}
+
+
+def open_stock_masked_lm(folder: Path, name: str) -> tuple[PreTrainedModel, Spelling, dict[str, str], int]:
+    """The stock masked language model of a folder (fp32, on the CPU), its spelling, what to say of it, `<mask>`'s id.
+
+    Raises `UserError` for a folder that cannot be opened, and for a model that has no head which predicts residues.
+    """
+    config = _open_config(folder)
+    tokenizer = _open_tokenizer(folder, config)
+    family = family_of(config, tokenizer)
+    if family.is_encoder_decoder or tokenizer.mask_token_id is None:
+        raise UserError(
+            f"{name} ({family.name}) is no masked language model: it has no <mask> and no head that predicts a "
+            "residue, which this needs; hf-plm embed and probe take it."
+        )
+    model = _open_model(folder, config, AutoModelForMaskedLM)
+    return model, spelling_of(family, tokenizer), {"model": name, "family": family.name}, int(tokenizer.mask_token_id)
 
 
 def pick_device(name: str) -> torch.device:
@@ -281,7 +300,7 @@ def cut_above(model: PreTrainedModel, layer: int) -> int | None:
     return layer
 
 
-def _lowered(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def lowered(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The weights of products in the precision of the products; norms and what is added up stay fp32."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -319,14 +338,13 @@ def _open_tokenizer(folder: Path, config: Any) -> Any:
         raise UserError(f"The tokenizer of {folder} cannot be opened: {_one_line(error)}") from None
 
 
-def _open_model(folder: Path, config: Any, is_encoder_decoder: bool) -> PreTrainedModel:
+def _open_model(folder: Path, config: Any, opener: Any) -> PreTrainedModel:
     has_safetensors = any(folder.glob("model*.safetensors"))
     if not has_safetensors and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} holds no weights: neither model*.safetensors nor pytorch_model*.bin.")
-    opener = AutoModelForTextEncoding if is_encoder_decoder else AutoModel
     options: dict[str, Any] = {}
     kind = MODEL_MAPPING.get(type(config), None)
-    if not is_encoder_decoder and kind and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+    if opener is AutoModel and kind and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options["add_pooling_layer"] = False  # masked language models are saved without it
     try:
         with quiet_loading(), warnings.catch_warnings():
@@ -345,7 +363,7 @@ def _open_model(folder: Path, config: Any, is_encoder_decoder: bool) -> PreTrain
                 **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder} cannot be opened as an encoder: {_one_line(error)}") from None
+        raise UserError(f"{folder} cannot be opened as a model: {_one_line(error)}") from None
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     if missing := sorted([*info["missing_keys"], *mismatched]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -8,7 +8,8 @@ The layers stay transformers' own objects with a `forward` put before theirs: wh
 for them by name (FSDP2, activation checkpointing, DeepSpeed) sees an `EsmLayer`. A call without a packing goes on to
 the stock forward, and nothing of this is written to any file.
 
-Dimensions: T tokens of a packed micro-batch, D width, H heads, K width of a head.
+Dimensions: T tokens of a packed micro-batch, P of them that are asked for, B sequences, D width, H heads, K width of a
+head.
 """
 
 import functools
@@ -25,6 +26,7 @@ from transformers.models.esm import modeling_esm
 from hf_plm.models.attention import (
     VARLEN_ROUTE,
     Packing,
+    attention_at,
     attention_by_sequence,
     attention_route,
     varlen_attention,
@@ -121,6 +123,29 @@ def packed_layer(
     hidden_TD = attention.output(attended_THK.flatten(1).to(value_THK.dtype), hidden_TD)
     raised_TF = gelu(layer.intermediate.dense(layer.LayerNorm(hidden_TD)))
     return layer.output(raised_TF, hidden_TD)
+
+
+def packed_layer_at(
+    layer: modeling_esm.EsmLayer, hidden_TD: torch.Tensor, packing: Packing, rows_P: torch.Tensor, counts_B: list[int]
+) -> torch.Tensor:
+    """(P, D): what `packed_layer` gives at the tokens `rows_P`, `counts_B` of each sequence, ascending.
+
+    The last layer of a model of which few positions are asked costs a fifth so: keys and values of all, and no more.
+    """
+    attention = layer.attention
+    heads = attention.self
+    normed_TD = attention.LayerNorm(hidden_TD)
+    key_THK, value_THK = (
+        project(normed_TD).unflatten(-1, (-1, heads.attention_head_size)) for project in (heads.key, heads.value)
+    )
+    query_PHK = heads.query(normed_TD[rows_P]).unflatten(-1, (-1, heads.attention_head_size))
+    dtype = torch.float32 if hidden_TD.device.type == "cpu" else value_THK.dtype
+    query_PHK = Rotate.apply(query_PHK, packing.cos_THK[rows_P], packing.sin_THK[rows_P]).to(dtype)
+    key_THK = Rotate.apply(key_THK, packing.cos_THK, packing.sin_THK).to(dtype)
+    scale = heads.attention_head_size**-0.5
+    attended_PHK = attention_at(query_PHK, key_THK, value_THK.to(dtype), packing, counts_B, scale)
+    hidden_PD = attention.output(attended_PHK.flatten(1).to(value_THK.dtype), hidden_TD[rows_P])
+    return layer.output(gelu(layer.intermediate.dense(layer.LayerNorm(hidden_PD))), hidden_PD)
 
 
 class Rotate(torch.autograd.Function):

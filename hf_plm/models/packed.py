@@ -4,7 +4,7 @@ Stock ESM cannot pack: its rows attend across sequences and its token-dropout ga
 are computed outside (the gain is one per sequence), the rotary positions restart, and attention gets the boundaries.
 To rounding, each sequence has the hidden states that the stock model gives it alone.
 
-Dimensions: T tokens of a packed micro-batch, B sequences, D width, V vocabulary.
+Dimensions: T tokens of a packed micro-batch, P of them that are asked for, B sequences, D width, V vocabulary.
 """
 
 import torch
@@ -13,7 +13,7 @@ from transformers import EsmForMaskedLM, EsmModel
 
 from hf_plm.config import UserError
 from hf_plm.models.attention import VARLEN_ROUTE, Packing, attention_route
-from hf_plm.models.layers import use_packed_layers
+from hf_plm.models.layers import packed_layer_at, use_packed_layers
 
 # transformers' EsmEmbeddings and fair-esm's ESM2 scale by 1 - 0.15 * 0.8 whatever the recipe's rates: a constant gain.
 TOKEN_DROPOUT_GAIN = 1 - 0.15 * 0.8
@@ -67,6 +67,48 @@ def packed_hidden_states(
     longest sequence. Raises `UserError` for a model with absolute positions or attention dropout. Tolerance against the
     stock model on each sequence alone: 1e-4 in fp32, at every layer.
     """
+    hidden_TD, packing = _begin(model, input_ids_T, position_ids_T, cu_seqlens, max_seqlen, is_compiled)
+    esm = model if isinstance(model, EsmModel) else model.esm
+    hidden = [hidden_TD]
+    for layer in esm.encoder.layer:
+        hidden.append(layer(hidden[-1], packing=packing))
+        if not output_hidden_states:
+            del hidden[0]
+    # As in transformers, what the last layer gives is what is left of it after the layer norm.
+    hidden[-1] = esm.encoder.emb_layer_norm_after(hidden[-1])
+    return tuple(hidden)
+
+
+def packed_hidden_states_at(
+    model: EsmForMaskedLM | EsmModel,
+    input_ids_T: torch.Tensor,
+    position_ids_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    rows_P: torch.Tensor,
+    counts_B: list[int],
+) -> torch.Tensor:
+    """(P, D): of the last layer, at the tokens `rows_P` alone, `counts_B` of each sequence, ascending; no gradients.
+
+    The other arguments and errors as `packed_hidden_states`. The last layer does what these tokens need and no more.
+    """
+    hidden_TD, packing = _begin(model, input_ids_T, position_ids_T, cu_seqlens, max_seqlen, is_compiled=False)
+    esm = model if isinstance(model, EsmModel) else model.esm
+    for layer in esm.encoder.layer[:-1]:
+        hidden_TD = layer(hidden_TD, packing=packing)
+    hidden_PD = packed_layer_at(esm.encoder.layer[-1], hidden_TD, packing, rows_P, counts_B)
+    return esm.encoder.emb_layer_norm_after(hidden_PD)
+
+
+def _begin(
+    model: EsmForMaskedLM | EsmModel,
+    input_ids_T: torch.Tensor,
+    position_ids_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    is_compiled: bool,
+) -> tuple[torch.Tensor, Packing]:
+    """What the first layer is given: the embeddings (T, D), the boundaries and the rotary tables."""
     config = model.config
     if config.position_embedding_type != "rotary" or config.attention_probs_dropout_prob:
         raise UserError(
@@ -88,15 +130,7 @@ def packed_hidden_states(
         cos_THK, sin_THK = (
             table.expand(-1, config.num_attention_heads, -1).contiguous() for table in (cos_THK, sin_THK)
         )
-    packing = Packing(cu_seqlens, cu_seqlens_cpu, max_seqlen, cos_THK, sin_THK, is_compiled)
-    hidden = [hidden_TD]
-    for layer in esm.encoder.layer:
-        hidden.append(layer(hidden[-1], packing=packing))
-        if not output_hidden_states:
-            del hidden[0]
-    # As in transformers, what the last layer gives is what is left of it after the layer norm.
-    hidden[-1] = esm.encoder.emb_layer_norm_after(hidden[-1])
-    return tuple(hidden)
+    return hidden_TD, Packing(cu_seqlens, cu_seqlens_cpu, max_seqlen, cos_THK, sin_THK, is_compiled)
 
 
 def packed_logits(
