@@ -49,7 +49,7 @@ def read_findings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
         raise UserError(
-            f"{path} is not JSON; findings are what hf-plm evaluate, score, contacts and probe write."
+            f"{path} is not JSON, as the findings of hf-plm evaluate, score, contacts and probe are."
         ) from None
     if not isinstance(plain, dict) or not {"kind", "format", "models"} <= plain.keys():
         raise UserError(f"{path} holds no findings: hf-plm evaluate, score, contacts and probe write such files.")
