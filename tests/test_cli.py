@@ -176,10 +176,10 @@ def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeyp
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/config.yaml")
 
-    monkeypatch.setattr("hf_plm.cli._inspect", full)
+    monkeypatch.setattr("hf_plm.cli.train._inspect", full)
     error = complaint(capsys, "inspect", "runs/x")
     assert error == "hf-plm: The disk is full (runs/x/config.yaml); free space and run the same command again."
     # The twin: what is no full disk is not called one.
-    monkeypatch.setattr("hf_plm.cli._inspect", lambda *_: Path("/no/such/file").read_text())
+    monkeypatch.setattr("hf_plm.cli.train._inspect", lambda *_: Path("/no/such/file").read_text())
     with pytest.raises(FileNotFoundError):
         main(["inspect", "runs/x"])

@@ -1,7 +1,7 @@
 """What was found out about a model, as JSON: written whole or not, told apart by kind, gathered by the report.
 
-Every file begins with the same fields: `kind` (evaluation, score, dms, contacts, probe, comparison), `format`, `hf_plm`,
-`made` (UTC) and `models` (for each its name, family, revision and precision).
+Every file begins with the same fields: `kind` (evaluation, score, dms, contacts, probe, comparison), `format`,
+`hf_plm`, `made` (UTC) and `models` (for each its name, family, revision and precision).
 """
 
 import json
