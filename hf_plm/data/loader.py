@@ -179,12 +179,16 @@ def sequence_keys(corpus: Corpus) -> np.ndarray:
     keys = np.empty(len(corpus.lengths), dtype=np.uint64)
     for begin in range(0, len(keys), 256):
         indices = np.arange(begin, min(begin + 256, len(keys)))
-        residues_R, offsets = corpus.read(indices)
-        position_R = np.arange(len(residues_R)) - np.repeat(offsets[:-1], np.diff(offsets))
-        # A sum of position-wise mixes is a hash that needs no loop over residues.
-        mixed_R = np.concatenate([mix(residues_R, position_R), np.zeros(1, dtype=np.uint64)])
-        keys[indices] = mix(np.add.reduceat(mixed_R, offsets[:-1]))
+        keys[indices] = keys_of(*corpus.read(indices))
     return keys
+
+
+def keys_of(residues_R: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """uint64 (B,): a hash of each of B sequences, which stand end to end as `Corpus.read` gives them."""
+    position_R = np.arange(len(residues_R)) - np.repeat(offsets[:-1], np.diff(offsets))
+    # A sum of position-wise mixes is a hash that needs no loop over residues.
+    mixed_R = np.concatenate([mix(residues_R, position_R), np.zeros(1, dtype=np.uint64)])
+    return mix(np.add.reduceat(mixed_R, offsets[:-1]))
 
 
 def validation_micro_batches(

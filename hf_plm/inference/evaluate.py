@@ -67,27 +67,33 @@ class Evaluation:
 
     def margins(self, num_resamples: int = 1000, seed: int = 0) -> dict[str, list[float]]:
         """How far the losses lie under their baselines: mean and 95% bootstrap interval over sequences, in nats."""
+        weights_RS = resamples(self.num_sequences, num_resamples, seed)
         masked = self.is_masked_K
         everything = np.ones_like(masked)
         return {
-            "margin_context_free": self._interval(
-                self.context_free_losses_K() - self.losses_K, everything, num_resamples, seed
-            ),
-            "margin_unigram_masked": self._interval(
-                np.where(masked, self.unigram_losses_K(), 0) - self.losses_K, masked, num_resamples, seed
+            "margin_context_free": self.interval(self.context_free_losses_K() - self.losses_K, everything, weights_RS),
+            "margin_unigram_masked": self.interval(
+                np.where(masked, self.unigram_losses_K(), 0) - self.losses_K, masked, weights_RS
             ),
         }
 
-    def _interval(self, values_K: np.ndarray, chosen_K: np.ndarray, num_resamples: int, seed: int) -> list[float]:
+    def interval(self, values_K: np.ndarray, chosen_K: np.ndarray, weights_RS: np.ndarray) -> list[float]:
+        """The mean of the chosen values and its 95% bootstrap interval over sequences; NaN where none is chosen."""
         if not chosen_K.any():
             return [float("nan")] * 3
         sequences_K = self.sequences_K[chosen_K]
         sums_S = np.bincount(sequences_K, values_K[chosen_K], minlength=self.num_sequences)
         counts_S = np.bincount(sequences_K, minlength=self.num_sequences)
-        draws = np.random.default_rng(seed).integers(self.num_sequences, size=(num_resamples, self.num_sequences))
-        means = sums_S[draws].sum(axis=1) / np.maximum(counts_S[draws].sum(axis=1), 1)
+        counts_R = weights_RS @ counts_S.astype(np.float64)
+        means = (weights_RS @ sums_S)[counts_R > 0] / counts_R[counts_R > 0]
         low, high = np.quantile(means, [0.025, 0.975])
         return [float(sums_S.sum() / counts_S.sum()), float(low), float(high)]
+
+
+def resamples(num_sequences: int, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """fp64 (R, S): how often each sequence is drawn in each of the resamples of a bootstrap."""
+    draws = np.random.default_rng(seed).integers(num_sequences, size=(num_resamples, num_sequences))
+    return np.stack([np.bincount(row, minlength=num_sequences) for row in draws]).astype(np.float64)
 
 
 # What a micro-batch contributes: losses_K, is_correct_K, labels_K, inputs_K, sequences_K.

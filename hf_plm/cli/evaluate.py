@@ -1,0 +1,171 @@
+"""`hf-plm evaluate`."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_plm.cli.knobs import meaning
+from hf_plm.cli.process import quick_imports
+from hf_plm.config import KNOBS, UserError
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="loss, perplexity and recovery of models on one fixed protocol",
+        description="How well models predict held-out residues, with 95%% intervals, beside what needs no context; "
+        "several models are compared on the very same targets.",
+    )
+    evaluate.add_argument("models", nargs="+", metavar="MODEL", help="a folder, a finished run, or a name on the Hub")
+    evaluate.add_argument(
+        "--data", nargs="+", required=True, help="FASTA or Parquet files, or a prepared corpus, that was not trained on"
+    )
+    evaluate.add_argument("--split", default="validation", help="of a corpus: train, validation or test (validation)")
+    evaluate.add_argument("--sequences", type=int, default=2000, help="proteins, a fixed choice by hash; 0: all (2000)")
+    evaluate.add_argument(
+        "--pseudo",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pseudo-perplexity too, on N of the proteins: a forward for each of their residues (0)",
+    )
+    evaluate.add_argument("--clusters", type=Path, help="table of cluster and member: losses by depth of cluster")
+    evaluate.add_argument("--crop", type=int, help="residues of the longest window; the protocol's are 1022")
+    evaluate.add_argument("--out", type=Path, help="JSON file to write (of a run also kept in RUN/findings)")
+    evaluate.add_argument("--precision", default="auto", help="of products: fp32, bf16, fp16 (fp32, on GPUs bf16)")
+    evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (the GPU where there is one)")
+    evaluate.add_argument("--threads", type=int, help="CPU cores to use (all)")
+    for name in ("illegal", "gaps"):
+        item = KNOBS[f"data.{name}"]
+        evaluate.add_argument(f"--{name}", default=item.default, help=meaning(item.name))
+    evaluate.add_argument("--max-rejected", type=float, default=0.1, help=meaning("data.max_rejected"))
+    evaluate.add_argument("--sequence-column", help=meaning("data.sequence_column"))
+    evaluate.set_defaults(run=_run)
+
+
+def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    for name, least in (("sequences", 0), ("pseudo", 0), ("crop", 1)):
+        value = getattr(parsed, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is a number from {least}, not {value}.")
+    if len(set(parsed.models)) < len(parsed.models):
+        raise UserError("A model is named twice; name each once.")
+    with quick_imports():
+        from hf_plm.inference.evaluation import evaluate_models
+        from hf_plm.inference.findings import home, write_findings
+        from hf_plm.inference.protocol import CROP, Protocol, read_sample
+        from hf_plm.inference.worklist import Cleaning
+        from hf_plm.models.masked_lm import MaskedLM, open_masked_lm
+
+    def open_model(name: str) -> MaskedLM:
+        return open_masked_lm(name, precision=parsed.precision, device=parsed.device, threads=parsed.threads)
+
+    protocol = Protocol(parsed.crop or CROP)
+    cleaning = Cleaning(parsed.illegal, parsed.gaps, parsed.max_rejected, parsed.sequence_column)
+    sample = read_sample(parsed.data, protocol, parsed.sequences, parsed.split, cleaning, parsed.clusters)
+    facts, found = evaluate_models(parsed.models, sample, protocol, open_model, parsed.pseudo, _bar)
+    print("\n".join(_report(found)))
+    names = "+".join(Path(source).name for source in sample.facts["sources"])
+    paths = [parsed.out] if parsed.out else []
+    for one, result, name in zip(facts, found["results"], parsed.models, strict=True):
+        if path := home(name, "evaluation", names):
+            write_findings(path, "evaluation", [one], {**found, "results": [result], "differences": []})
+            print(f"\nKept in {path}")
+    for path in paths:
+        write_findings(path, "evaluation", facts, found)
+        print(f"\nWritten to {path}")
+
+
+@contextmanager
+def _bar(name: str, proteins: Sequence[Any]) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    total = sum(len(protein.residues) for protein in proteins)
+    is_hidden = not sys.stderr.isatty()
+    layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt} residues, {remaining} left"
+    with tqdm(total=total, desc=name, disable=is_hidden, leave=False, unit_scale=True, bar_format=layout) as bar:
+        yield lambda protein: bar.update(len(protein.residues))
+
+
+def _report(found: dict[str, Any]) -> list[str]:
+    data, results = found["data"], found["results"]
+    lines = [
+        f"protocol   {found['protocol']['name']}",
+        f"data       {data['proteins']:,} proteins, {data['residues']:,} residues, {data['targets']:,} targets "
+        f"({', '.join(data['sources'])})",
+    ]
+    for count, text in (
+        (data["cropped"], f"longer than {found['protocol']['crop_residues']:,} residues: one window of each"),
+        (data["repeated"], "sequences that came before: left out"),
+        (data["rejected"], "rejected, listed in the JSON"),
+    ):
+        if count:
+            lines.append(f"           {count:,} {text}")
+    width = max(len(result["model"]) for result in results)
+    lines += ["", f"{'model':<{width}}  {'loss':<22} {'perplexity':<22} {'recovery':<22}"]
+    for result in results:
+        overall = result["overall"]
+        cells = [
+            _interval(overall["loss"]),
+            _interval(overall["perplexity"], 2),
+            _interval(overall["recovery"], 1, 100),
+        ]
+        lines.append(f"{result['model']:<{width}}  " + " ".join(f"{cell:<22}" for cell in cells).rstrip())
+    lines += ["", f"{'under what needs no context':<{width}}  {'all targets':<28} masked targets"]
+    for result in results:
+        overall = result["overall"]
+        cells = [
+            f"{overall['context_free_loss']:.4f}: {_interval(overall['margin_context_free'], 4, sign=True)}",
+            f"{overall['unigram_entropy']:.4f}: {_interval(overall['margin_unigram_masked'], 4, sign=True)}",
+        ]
+        lines.append(f"{result['model']:<{width}}  " + "   ".join(cells))
+    for result in results:
+        if "pseudo" in result:
+            pseudo = result["pseudo"]
+            lines.append(
+                f"\n{result['model']}: pseudo-perplexity {_interval(pseudo['pseudo_perplexity'], 2)} on "
+                f"{pseudo['proteins']:,} proteins; mean of each protein's own {pseudo['mean_of_proteins']:.2f}"
+            )
+    for name, title in (("by_length", "residues"), ("by_cluster_size", "cluster members")):
+        lines += _groups(results, name, title, width)
+    for difference in found["differences"]:
+        lines += ["", _difference(difference)]
+    lines += ["", "Losses in nats per target; intervals are 95%, by bootstrap over proteins."]
+    return lines
+
+
+def _groups(results: list[dict[str, Any]], name: str, title: str, width: int) -> list[str]:
+    """A table of groups: how far each model is under the context-free loss of the group."""
+    groups = results[0][name]
+    if not groups:
+        return []
+    names = [f"{group['from']:,}+" if group["to"] is None else f"{group['from']:,}-{group['to']:,}" for group in groups]
+    size = max(12, *(len(one) + 2 for one in names))
+    lines = ["", f"{title:<{max(width, 16)}}  " + "".join(f"{one:>{size}}" for one in names)]
+    counts = "".join(f"{group['num_sequences']:>{size},}" for group in groups)
+    lines.append(f"{'proteins':<{max(width, 16)}}  {counts}")
+    for result in results:
+        cells = "".join(f"{group['loss'][0]:>{size}.3f}" for group in result[name])
+        lines.append(f"{result['model']:<{max(width, 16)}}  {cells}")
+    cells = "".join(f"{group['context_free_loss']:>{size}.3f}" for group in groups)
+    lines.append(f"{'context-free':<{max(width, 16)}}  {cells}")
+    return lines
+
+
+def _difference(found: dict[str, Any]) -> str:
+    value, low, high = found["loss"]
+    verdict = "no difference shown" if low <= 0 <= high else "better" if value < 0 else "worse"
+    return (
+        f"{found['a']} against {found['b']}: loss {_interval(found['loss'], 4, sign=True)}, recovery "
+        f"{_interval(found['recovery'], 2, 100, sign=True)} points: {verdict} (better on "
+        f"{found['share_of_proteins_better']:.0%} of the proteins)"
+    )
+
+
+def _interval(values: Sequence[float], digits: int = 3, factor: float = 1, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    value, low, high = (f"{factor * one:{plus}.{digits}f}" for one in values)
+    return f"{value} ({low} to {high})"
