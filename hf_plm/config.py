@@ -106,6 +106,18 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    every: int | None = knob(None, "steps between evaluations on the tasks named below; auto: never", may_change=True)
+    data: tuple[str, ...] = knob((), "held-out sequences for the protocol of hf-plm evaluate", may_change=True)
+    dms: str | None = knob(None, "folder of deep mutational scans, as of hf-plm score --dms", may_change=True)
+    contacts: str | None = knob(None, "structures, as of hf-plm contacts --fit", may_change=True)
+    probe: tuple[str, ...] = knob((), "tasks, as of hf-plm probe --task", may_change=True)
+    sample: int = knob(
+        200, "proteins of the protocol and of a probe, and variants of a scan, that are taken", may_change=True
+    )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int | None = knob(
         None, "steps between checkpoints; auto: about 20 of them, at most 1,000 apart", may_change=True
@@ -171,6 +183,7 @@ class Recipe:
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     validation: Validation = Validation()
+    evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     spike: Spike = Spike()
     init: Init = Init()

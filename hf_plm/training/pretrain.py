@@ -31,6 +31,7 @@ from hf_plm.training.checkpoint import Progress, Saver, newest_whole, restore, s
 from hf_plm.training.engine import configure, gather_stock, reshard, set_up
 from hf_plm.training.finish import finish, summary_lines
 from hf_plm.training.guard import check_before_start, check_launch
+from hf_plm.training.judging import Judge, check_tasks
 from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
 from hf_plm.training.pushes import BackgroundPushes, push_finished
@@ -90,6 +91,7 @@ def pretrain(recipe: Recipe) -> Result:
     if recipe.model.preset != "auto":
         esm_config(recipe.model.preset)  # a misspelt one is told now, not after an hour of preparing
     check_trackers(recipe)
+    check_tasks(recipe)
     check_before_start()
     if recipe.run.precision == "auto":  # a run goes on in the precision that it began in
         recipe = recipe.replace(run__precision=run_folder.stored_precision(recipe.run_folder))
@@ -186,7 +188,11 @@ def _run(
         pushes = None
         if recipe.hub.push and accelerator.is_main_process:
             pushes = held.enter_context(closing(BackgroundPushes(recipe.hub, folder, progress.step, meter.say)))
-        parts = Parts(recipe, accelerator, wrapped, model, optimizer, steps, validate, request, saver, record, pushes)
+        judge = Judge(recipe)
+        on_main(accelerator, judge.read)
+        parts = Parts(
+            recipe, accelerator, wrapped, model, optimizer, steps, validate, request, saver, record, pushes, judge
+        )
         _announce(parts, facts, meter, train, held_out)
         returns: Counter[int] = Counter()
         while True:

@@ -23,7 +23,8 @@ from hf_plm.config import Recipe, UserError
 from hf_plm.data.loader import Step, Steps, load_steps
 from hf_plm.inference.evaluate import Evaluation
 from hf_plm.training.checkpoint import Progress, Saver, step_of
-from hf_plm.training.engine import reshard
+from hf_plm.training.engine import gather_stock, reshard
+from hf_plm.training.judging import Judge, told
 from hf_plm.training.meter import PLAN_AFTER_STEPS, Meter
 from hf_plm.training.pushes import BackgroundPushes
 from hf_plm.training.record import Record
@@ -63,6 +64,7 @@ class Parts:
     saver: Saver
     record: Record | None = None
     pushes: BackgroundPushes | None = None  # on the main process, where the recipe asks for them
+    judge: Judge | None = None  # the same
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,17 @@ def _run_steps(parts: Parts, meter: Meter, progress: Progress, steps: Iterator[S
         is_planned = done - meter.first_step == PLAN_AFTER_STEPS
         is_last = recipe.schedule.budget is None and done == recipe.schedule.steps  # validated on more, afterwards
         is_validated = done % recipe.validation.every == 0 and not is_last
+        is_judged = recipe.evaluate.every is not None and done % recipe.evaluate.every == 0
         is_saved = done % recipe.checkpoint.every == 0
-        if is_planned or is_validated or is_saved or recipe.spike.action == "skip":
+        if is_planned or is_validated or is_judged or is_saved or recipe.spike.action == "skip":
             trend = _read_all(parts, meter, unread, trend)
             progress = replace(progress, trend=trend)
         if is_planned:
             meter.say_plan(done, progress.tokens / done, parts.steps.epoch_tokens)
         if is_validated:
             _validate(parts, meter, progress)
+        if is_judged:
+            judge(parts, meter, progress)
         if is_saved:
             save(parts, meter, progress)
         meter.pause()
@@ -284,6 +289,20 @@ def _validate(parts: Parts, meter: Meter, progress: Progress) -> None:
     numbers = parts.validate(parts.recipe.validation.sequences).summary()
     meter.write({"step": progress.step, "tokens": progress.tokens, **numbers})
     meter.say_validation(progress.step, numbers)
+
+
+def judge(parts: Parts, meter: Meter, progress: Progress) -> None:
+    """Evaluate the model as it is on the recipe's tasks: the main process works, the others wait."""
+    reshard(parts.module)
+    stock = gather_stock(parts.accelerator, parts.model, parts.optimizer.optimizer)
+
+    def work() -> dict[str, float]:
+        assert parts.judge is not None
+        return parts.judge.numbers(stock, parts.accelerator.device)
+
+    numbers = on_main(parts.accelerator, work)
+    meter.write({"step": progress.step, "tokens": progress.tokens, **numbers})
+    meter.say(f"evaluation at step {progress.step:,}: {told(numbers)}")
 
 
 def save(parts: Parts, meter: Meter, progress: Progress) -> None:

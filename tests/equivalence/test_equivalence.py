@@ -116,14 +116,18 @@ def test_no_run_waits_for_a_kernel_to_be_built(runs: Runs) -> None:
 
 
 def test_a_run_from_published_weights_is_the_same_under_stage_3(runs: Runs, record_property: Any) -> None:
-    """Whatever loads a model while transformers knows of stage 3 gets empty weights."""
+    """Whatever loads a model while transformers knows of stage 3 gets empty weights. And evaluating changes nothing."""
     knobs = (("init.from", str(runs(ONE).folder / "hub")),)
-    one, member = Member("one_published", "cpu", knobs=knobs), Member("zero3_x2_published", "zero3", 2, knobs=knobs)
+    judged = (*knobs, ("evaluate.every", "10"), ("evaluate.data", str(runs.fasta)), ("evaluate.sample", "20"))
+    one, member = Member("one_published", "cpu", knobs=knobs), Member("zero3_x2_published", "zero3", 2, knobs=judged)
     found = difference(runs(member), runs(one))
     for what, value in vars(found).items():
         record_property(f"{member.name}_{what}", f"{value:.1e}")
     assert not found.beyond(TOLERANCE["no"]), found
     assert training_lines(runs(one))[0]["loss"] < training_lines(runs(ONE))[0]["loss"]
+    losses = [line["evaluate_loss"] for line in runs(member).lines if "evaluate_loss" in line]
+    assert len(set(losses)) == 3
+    assert max(losses) < 3, losses  # untrained weights would give 3.4
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""Evaluations during a run: the commands' numbers, in the metrics, without a trace in the training."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hf_plm.config import UserError
+from hf_plm.inference.evaluation import evaluate_sample
+from hf_plm.inference.protocol import Protocol, read_sample
+from hf_plm.models.masked_lm import open_masked_lm
+from hf_plm.recipe import load_recipe
+from hf_plm.training.judging import check_tasks
+from hf_plm.training.pretrain import pretrain
+
+
+@pytest.fixture
+def tasks(tmp_path, family_fasta):
+    """A scan, structures and a task of a few simulated proteins."""
+    from hf_plm.proteins.fasta import read_fasta
+
+    draw = np.random.default_rng(0)
+    proteins = [record.sequence for record in read_fasta(family_fasta)][:60]
+    folder = tmp_path / "dms"
+    folder.mkdir()
+    wild_type = proteins[0]
+    (folder / "DMS_substitutions.csv").write_text(
+        "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type,DMS_binarization_cutoff\n"
+        f"one,one.csv,ONE,{wild_type},Activity,0\n"
+    )
+    rows = [f"{wild_type[place]}{place + 1}{'A' if wild_type[place] != 'A' else 'G'}" for place in range(20)]
+    lines = [f"{mutant},{value:.3f},{int(value > 0)}" for mutant, value in zip(rows, draw.normal(size=20), strict=True)]
+    (folder / "one.csv").write_text("mutant,DMS_score,DMS_score_bin\n" + "\n".join(lines) + "\n")
+    with open(tmp_path / "structures.jsonl", "w") as file:
+        for number, residues in enumerate(proteins[:40]):
+            pairs = [[i, i + 30] for i in range(0, len(residues) - 30, 2)]
+            row = {"id": f"s{number}", "set": "made", "atom": "CA", "cutoff": 8, "seq": residues, "pairs": pairs}
+            file.write(json.dumps(row) + "\n")
+    counts = np.array([residues.count("L") for residues in proteins])
+    labels = np.where(counts > np.median(counts), "yes", "no")
+    rows = [
+        f"t{number},{residues},{label}" for number, (residues, label) in enumerate(zip(proteins, labels, strict=True))
+    ]
+    (tmp_path / "task.csv").write_text("\n".join(["id,sequence,label", *rows]) + "\n")
+    return tmp_path
+
+
+def recipe(family_corpus, folder, **knobs):
+    small = {
+        "model.preset": "1x32x2",
+        "data.train": [str(family_corpus)],
+        "data.crop": "128",
+        "batch.tokens": "512",
+        "schedule.steps": "6",
+        "run.log_every": "1",
+        "run.trackers": "none",
+        "run.folder": str(folder),
+    }
+    return load_recipe("demo", {**small, **{name.replace("__", "."): value for name, value in knobs.items()}})
+
+
+def test_tasks_are_judged_during_a_run_and_leave_it_alone(family_corpus, family_fasta, tasks, tmp_path):
+    judged = recipe(
+        family_corpus,
+        tmp_path / "judged",
+        evaluate__every="3",
+        evaluate__data=[str(family_fasta)],
+        evaluate__dms=str(tasks / "dms"),
+        evaluate__contacts=str(tasks / "structures.jsonl"),
+        evaluate__probe=[str(tasks / "task.csv")],
+        evaluate__sample="40",
+    )
+    pretrain(judged)
+    pretrain(recipe(family_corpus, tmp_path / "plain"))
+    lines, plain = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("judged", "plain")
+    )
+    found = [line for line in lines if "evaluate_loss" in line]
+    assert [line["step"] for line in found] == [3, 6]
+    for name in ("dms_spearman", "dms_blosum62_spearman", "contacts_long", "contacts_long_chance"):
+        assert all(np.isfinite(line[name]) for line in found), name
+    probes = {name for name in found[0] if name.startswith("probe_task")}
+    assert len(probes) >= 2
+    assert any(name.endswith("_baseline") for name in probes)
+
+    def losses(some):
+        return [line["loss"] for line in some if "loss" in line]
+
+    assert losses(lines) == losses(plain)
+    # The last evaluation is of the weights that were exported.
+    numbers = evaluate_sample(
+        open_masked_lm(tmp_path / "judged"), read_sample([family_fasta], Protocol(), 40)
+    ).summary()
+    assert found[-1]["evaluate_loss"] == pytest.approx(numbers["validation_loss"], abs=1e-6)
+    assert found[0]["evaluate_loss"] != pytest.approx(numbers["validation_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"evaluate__every": "5"}, "needs something to evaluate on"),
+        ({"evaluate__data": ["x.fasta"]}, "give it too"),
+        ({"evaluate__every": "0", "evaluate__data": ["x.fasta"]}, "a number of steps from 1"),
+        ({"evaluate__every": "5", "evaluate__data": ["x.fasta"], "evaluate__sample": "2"}, "a number from 10"),
+    ],
+)
+def test_mistakes(knobs, message, family_corpus, tmp_path):
+    with pytest.raises(UserError, match=message):
+        check_tasks(recipe(family_corpus, tmp_path / "run", **knobs))
+
+
+def test_a_task_that_is_not_there_is_told_before_the_first_step(family_corpus, tmp_path):
+    wrong = recipe(family_corpus, tmp_path / "run", evaluate__every="3", evaluate__data=["nowhere.fasta"])
+    with pytest.raises(UserError, match=r"nowhere\.fasta"):
+        pretrain(wrong)
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
