@@ -102,3 +102,17 @@ def test_an_encoder_without_a_head_is_refused(tmp_path):
     AutoModel.from_pretrained(tmp_path / "esm2").save_pretrained(tmp_path / "esm2")
     with pytest.raises(UserError, match="lacks weights"):
         open_masked_lm(tmp_path / "esm2")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.15)])
+def test_a_gpu_answers_as_the_cpu_does(precision, tolerance, tmp_path):
+    from support.encoders import esm2
+
+    build_model(esm_config("2x64x2"), seed=0).save_pretrained(tmp_path)
+    esm2().save_pretrained(tmp_path)
+    asked = list(queries())
+    on_cpu = open_masked_lm(tmp_path, device="cpu", precision="fp32").log_probs(iter(asked))
+    on_gpu = open_masked_lm(tmp_path, device="cuda", precision=precision).log_probs(iter(asked))
+    for one, expected in zip(on_gpu, on_cpu, strict=True):
+        np.testing.assert_allclose(one, expected, atol=tolerance)
