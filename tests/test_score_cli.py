@@ -1,0 +1,126 @@
+"""`hf-plm score` as it is typed: a table, a scan, a benchmark, and what is no sensible request."""
+
+import argparse
+import csv
+
+import matplotlib.image
+import numpy as np
+import pytest
+from test_dms import write_benchmark
+
+from hf_plm.cli import score
+from hf_plm.config import UserError
+from hf_plm.inference.findings import read_findings
+from hf_plm.models.hub import save_hub_folder
+from hf_plm.models.presets import build_model, esm_config
+
+WILD_TYPE = "MKTAYIAKQRXISFVKSHFS"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What a finished run looks like to who asks for its model."""
+    folder = tmp_path_factory.mktemp("score") / "run"
+    save_hub_folder(build_model(esm_config("2x32x2"), seed=0), folder / "hub", "# random weights")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.fasta").write_text(f">wild/type\n{WILD_TYPE}\n")
+    (tmp_path / "v.tsv").write_text(
+        'note\tmutant\tDMS_score\nfirst\tK2A\t0.5\n\tT3L:Y5F\t1.5\n"a\tb"\tA4G\t\nlast\tM1L\t-1\n'
+    )
+    return tmp_path
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    score.add(parser.add_subparsers())
+    parsed = parser.parse_args(["score", *map(str, arguments)])
+    parsed.run(parsed, [])
+
+
+def rows_of(path, delimiter=","):
+    with open(path, newline="") as file:
+        return list(csv.reader(file, delimiter=delimiter))
+
+
+def test_a_table_comes_back_with_one_column_more(run_folder, here, capsys):
+    run(run_folder, "--wild-type", "p.fasta", "--variants", "v.tsv", "--out", "deep/scores.tsv")
+    given, found = rows_of("v.tsv", "\t"), rows_of("deep/scores.tsv", "\t")
+    assert found[0] == [*given[0], "hf_plm_score"]
+    assert [row[:-1] for row in found] == given
+    assert np.isfinite([float(row[-1]) for row in found[1:]]).all()
+    printed = capsys.readouterr().out
+    assert "4 variants of wild/type (20 residues), masked: 5 forward passes" in printed
+    assert "without a measurement: 1 of 4 rows" in printed
+    assert "BLOSUM62" in printed
+    kept = read_findings(run_folder / "findings" / "score-v.json")
+    assert (kept["kind"], kept["variants"], kept["measured"]) == ("score", 4, 3)
+    assert kept["blosum62"]["spearman"] is not None
+
+    with pytest.raises(UserError, match="has a column hf_plm_score already"):
+        run(run_folder, "--wild-type", "p.fasta", "--variants", "deep/scores.tsv")
+
+
+def test_a_scan_has_all_substitutions_and_a_picture(run_folder, here, capsys):
+    run(run_folder, "--scan", "p.fasta")
+    rows = rows_of("scan.csv")
+    assert rows[0] == ["mutant", "position", "wild_type", "substitution", "score"]
+    assert len(rows) == 1 + 19 * 19  # X is not scanned
+    assert "Not scanned, since it is none of the 20: 1 of 20" in capsys.readouterr().out
+    assert {row[0] for row in rows[1:]} >= {"M1A", "M1Y", "S20A"}
+    picture = matplotlib.image.imread("scan.png")
+    assert picture.shape[0] > 200
+    assert picture.std() > 0.05
+    kept = read_findings(run_folder / "findings" / "scan-wild_type.json")
+    assert np.shape(kept["scores_NA"]) == (20, 20)
+
+    (here / "v.csv").write_text("mutant\n" + "\n".join(row[0] for row in rows[1:]))
+    run(run_folder, "--wild-type", "p.fasta", "--variants", "v.csv")
+    np.testing.assert_allclose(
+        [float(row[-1]) for row in rows_of("scores.csv")[1:]], [float(row[-1]) for row in rows[1:]], atol=1e-4
+    )
+
+
+def test_several_proteins_get_a_pair_each(run_folder, here):
+    (here / "many.fasta").write_text(">a|b\nMKT\n>a|b\nMKTAYIAKQR\n>../c\nMK\n")
+    run(run_folder, "--scan", "many.fasta", "--out", "scans", "--method", "wild-type")
+    assert sorted(path.name for path in (here / "scans").iterdir()) == [
+        f"{name}.{kind}" for name in ("_c", "a_b", "a_b_2") for kind in ("csv", "png")
+    ]
+    assert len(rows_of("scans/a_b_2.csv")) == 1 + 190
+
+
+def test_a_benchmark(run_folder, here, capsys):
+    write_benchmark(here / "gym", num_assays=2)
+    run(run_folder, "--dms", "gym", "--method", "wild-type")
+    printed = capsys.readouterr().out
+    assert "assay_1" in printed
+    assert "standard error" in printed
+    assert (here / "dms" / "summary.csv").is_file()
+    assert read_findings(run_folder / "findings" / "dms-gym.json")["averages"]["spearman"]["mean"] is not None
+    run(run_folder, "--dms", "gym", "--method", "wild-type")
+    assert "2 of 2 assays have their scores already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--variants v.tsv", "--variants needs --wild-type"),
+        ("--scan p.fasta --offset 3", "--offset goes with --variants"),
+        ("--scan p.fasta --reference v.tsv", "--reference goes with --dms"),
+        ("--scan p.fasta --method pseudo-likelihood", "--scan takes --method masked or wild-type"),
+        ("--scan p.fasta --out scan.png", r"--out of a scan is a \.csv file"),
+        ("--scan p.fasta --out p.fasta", "--out p.fasta is what is read"),
+        ("--variants v.tsv --wild-type none.fasta", "There is no file none.fasta"),
+        ("--variants v.tsv --wild-type p.fasta --offset 1", r"line 2: K2A: the wild type has M at position 1 \(2 less"),
+    ],
+)
+def test_what_cannot_be_meant(run_folder, here, words, message):
+    before = {path: path.read_bytes() for path in here.iterdir()}
+    with pytest.raises(UserError, match=message):
+        run(run_folder, *words.split())
+    assert {path: path.read_bytes() for path in here.iterdir()} == before
