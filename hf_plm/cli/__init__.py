@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hf_plm.cli import corpora, embed, evaluate, ship, train
+from hf_plm.cli import contacts, corpora, embed, evaluate, probe, report, score, ship, train
 from hf_plm.cli.knobs import parse_knobs
 from hf_plm.cli.process import leave, quick_imports, tells
 from hf_plm.config import LostProcessError, UserError
@@ -63,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf-plm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    for module in (train, corpora, ship, embed, evaluate):
+    for module in (train, corpora, ship, embed, evaluate, score, contacts, probe, report):
         module.add(commands)
     return parser
