@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from outcome import Row, finish, table
 
-from hf_plm.inference.dms import find_assays
-from hf_plm.inference.marginals import marginals
+from hf_plm.judging.scores.dms import find_assays
+from hf_plm.judging.scores.marginals import marginals
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.masked_lm import LETTERS, MaskedLM, open_masked_lm
 from hf_plm.models.presets import build_model, esm_config

@@ -5,10 +5,10 @@ import pytest
 from test_probe import OPTIONS, planted, random_task
 from test_probing import model, run, table  # noqa: F401
 
-from hf_plm.inference.comparison import draw, paired, sentence, short_names
-from hf_plm.inference.findings import read_findings
-from hf_plm.inference.measures import NAMES
-from hf_plm.inference.probe import predictions, prepare_task
+from hf_plm.judging.findings import read_findings
+from hf_plm.judging.probes.comparison import draw, paired, sentence, short_names
+from hf_plm.judging.probes.measures import NAMES
+from hf_plm.judging.probes.probe import predictions, prepare_task
 
 
 @pytest.mark.parametrize("kind", NAMES)

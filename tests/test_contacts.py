@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_plm.cli import contacts as command
 from hf_plm.config import UserError
-from hf_plm.inference.contact_fit import (
+from hf_plm.judging.contacts.fit import (
     check_apart,
     fit_regression,
     fitted_on,
@@ -24,11 +24,11 @@ from hf_plm.inference.contact_fit import (
     quick_contacts,
     split,
 )
-from hf_plm.inference.contact_maps import contact_figure
-from hf_plm.inference.contact_scores import as_table, evaluate_contacts, means, precisions, verdict
-from hf_plm.inference.contacts import far_pairs, open_contact_predictor, windows
-from hf_plm.inference.findings import read_findings
-from hf_plm.inference.structures import Structure, read_structures
+from hf_plm.judging.contacts.maps import contact_figure
+from hf_plm.judging.contacts.precision import as_table, evaluate_contacts, means, precisions, verdict
+from hf_plm.judging.contacts.predictor import far_pairs, open_contact_predictor, windows
+from hf_plm.judging.contacts.structures import Structure, read_structures
+from hf_plm.judging.findings import read_findings
 from hf_plm.models.fair_esm import write_fair_esm
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.layers import use_packed_layers

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from hf_plm.config import UserError
-from hf_plm.inference.agreement import METRICS, averages, blosum62, metrics
-from hf_plm.inference.dms import find_assays, quick_dms, run_dms
-from hf_plm.inference.findings import read_findings
-from hf_plm.inference.variants import parse
+from hf_plm.judging.findings import read_findings
+from hf_plm.judging.scores.agreement import METRICS, averages, blosum62, metrics
+from hf_plm.judging.scores.dms import find_assays, quick_dms, run_dms
+from hf_plm.judging.scores.variants import parse
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.masked_lm import LETTERS, open_masked_lm
 from hf_plm.models.presets import build_model, esm_config
@@ -217,7 +217,7 @@ def test_a_killed_run_goes_on_to_the_same_result(model, hub, tmp_path):
     whole = run(model, folder, tmp_path / "whole")
     out = tmp_path / "killed"
     script = (
-        "import sys\nfrom pathlib import Path\nfrom hf_plm.inference.dms import find_assays, run_dms\n"
+        "import sys\nfrom pathlib import Path\nfrom hf_plm.judging.scores.dms import find_assays, run_dms\n"
         "from hf_plm.models.masked_lm import open_masked_lm\nhub, folder, out = map(Path, sys.argv[1:])\n"
         "run_dms(open_masked_lm(hub), 'no run', 'gym', *find_assays(folder), 'masked', out)"
     )

@@ -14,9 +14,9 @@ from hf_plm.config import Mask
 from hf_plm.data.corpus import open_corpus
 from hf_plm.data.loader import validation_micro_batches, validation_windows
 from hf_plm.inference.evaluate import evaluate
-from hf_plm.inference.evaluation import evaluate_sample, one_by_one, paired_difference, pseudo_perplexity, summarise
-from hf_plm.inference.findings import read_findings
-from hf_plm.inference.protocol import Protocol, read_sample
+from hf_plm.judging.evaluation import evaluate_sample, one_by_one, paired_difference, pseudo_perplexity, summarise
+from hf_plm.judging.findings import read_findings
+from hf_plm.judging.protocol import Protocol, read_sample
 from hf_plm.models.hub import load_hub_folder
 from hf_plm.models.masked_lm import LETTER_INDEX, Query, open_masked_lm
 from hf_plm.models.objective import PackedMaskedLM

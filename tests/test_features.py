@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from hf_plm.inference.embedder import Embedder
-from hf_plm.inference.features import WINDOW, embedded, letters
-from hf_plm.inference.task import read_task
+from hf_plm.judging.probes.features import WINDOW, embedded, letters
+from hf_plm.judging.probes.task import read_task
 
 PROTEINS = {"p1": "MKSTAYIAKQ", "p2": "GAVLIMCFYWSS", "p3": "MKSTAYIAKQ"}
 

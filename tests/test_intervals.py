@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_plm.inference.intervals import (
+from hf_plm.judging.intervals import (
     bootstrap_interval,
     bootstrap_intervals,
     paired_difference,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.inference.labels import understand
+from hf_plm.judging.probes.labels import understand
 
 
 def understood(texts, kind=None):

@@ -6,9 +6,9 @@ import torch
 from esm.pretrained import load_model_and_alphabet_local
 from test_fair_esm import SAFE, new_model
 
-from hf_plm.inference.marginals import METHODS, num_residues, num_split, score_variants, window_begin
-from hf_plm.inference.scan import scan
-from hf_plm.inference.variants import check, parse
+from hf_plm.judging.scores.marginals import METHODS, num_residues, num_split, score_variants, window_begin
+from hf_plm.judging.scores.scan import scan
+from hf_plm.judging.scores.variants import check, parse
 from hf_plm.models.fair_esm import write_fair_esm
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.masked_lm import LETTERS, open_masked_lm

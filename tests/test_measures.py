@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn import metrics
 
-from hf_plm.inference.measures import NAMES, decided, headline, measure, measures
+from hf_plm.judging.probes.measures import NAMES, decided, headline, measure, measures
 
 EVERY = np.arange(200)
 

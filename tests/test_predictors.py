@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from hf_plm.config import UserError
-from hf_plm.inference.predictors import PREDICTORS, STACK, How, Rows, choose, fit, load_fitted
+from hf_plm.judging.probes.predictors import PREDICTORS, STACK, How, Rows, choose, fit, load_fitted
 
 CLASSES = {"binary": 2, "multiclass": 3, "regression": 1}
 

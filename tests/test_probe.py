@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from hf_plm.config import UserError
-from hf_plm.inference.probe import (
+from hf_plm.judging.probes.probe import (
     PRIOR,
     Options,
     advantage,
@@ -19,7 +19,7 @@ from hf_plm.inference.probe import (
     quick_probe,
     wanted,
 )
-from hf_plm.inference.task import Task
+from hf_plm.judging.probes.task import Task
 
 OPTIONS = Options(folds=3, threads=1, resamples=40)
 

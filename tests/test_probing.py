@@ -9,11 +9,11 @@ import pytest
 
 from hf_plm.cli import probe as cli
 from hf_plm.config import UserError
-from hf_plm.inference.findings import read_findings
-from hf_plm.inference.intervals import Interval
-from hf_plm.inference.predictors import load_fitted
-from hf_plm.inference.probing import site_groups, verdict
-from hf_plm.inference.task import read_task
+from hf_plm.judging.findings import read_findings
+from hf_plm.judging.intervals import Interval
+from hf_plm.judging.probes.predictors import load_fitted
+from hf_plm.judging.probes.probing import site_groups, verdict
+from hf_plm.judging.probes.task import read_task
 
 
 @pytest.fixture(scope="session")

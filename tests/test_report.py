@@ -18,14 +18,14 @@ from transformers import EsmModel
 
 from hf_plm.cli import report as command
 from hf_plm.config import UserError
-from hf_plm.inference.findings import write_findings
-from hf_plm.inference.report_charts import Axis, Series, rows_chart, scatter, xy_chart
-from hf_plm.inference.report_families import Labelled, by_chance, map_of, of_families, read_families
-from hf_plm.inference.report_page import Section, estimate, number, page, paragraph
+from hf_plm.judging.findings import write_findings
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
-from hf_plm.training.report import Asked, write_report
+from hf_plm.report.charts import Axis, Series, rows_chart, scatter, xy_chart
+from hf_plm.report.families import Labelled, by_chance, map_of, of_families, read_families
+from hf_plm.report.page import Section, estimate, number, page, paragraph
+from hf_plm.report.report import Asked, write_report
 
 SECTIONS = (
     "summary training evaluation variants contacts probes families recipe data machine findings".split()  # noqa: SIM905

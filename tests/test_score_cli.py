@@ -10,7 +10,7 @@ from test_dms import write_benchmark
 
 from hf_plm.cli import score
 from hf_plm.config import UserError
-from hf_plm.inference.findings import read_findings
+from hf_plm.judging.findings import read_findings
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.presets import build_model, esm_config
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_plm.config import UserError
-from hf_plm.inference.splits import POOLED, by_kmers, joined, plan, side
-from hf_plm.inference.task import Columns, Task, read_task
+from hf_plm.judging.probes.splits import POOLED, by_kmers, joined, plan, side
+from hf_plm.judging.probes.task import Columns, Task, read_task
 
 
 def made(ids, sequences, labels, splits=None, clusters=None, kind="binary"):

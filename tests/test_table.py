@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.inference.table import read_table
+from hf_plm.judging.probes.table import read_table
 
 ROWS = [(2, ["p1", "MK", "0.5"]), (3, ["p2", "GA,V", ""])]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.inference.task import Columns, read_task
+from hf_plm.judging.probes.task import Columns, read_task
 
 
 def written(tmp_path, text, name="task.tsv"):

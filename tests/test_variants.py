@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.inference.variants import find_variants, parse, read_table, read_wild_type
+from hf_plm.judging.scores.variants import find_variants, parse, read_table, read_wild_type
 
 WILD_TYPE = b"MKTAYIAKQRQISFVKXHFSRQ"
 #             1   5    10   15   20

@@ -51,7 +51,7 @@ def _contacts(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     with quick_imports():
         import torch
 
-        from hf_plm.inference.contact_job import Judged, fit_contacts, judge_contacts, predict_contacts
+        from hf_plm.judging.contacts.job import Judged, fit_contacts, judge_contacts, predict_contacts
 
     if parsed.threads:
         torch.set_num_threads(parsed.threads)

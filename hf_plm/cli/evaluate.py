@@ -54,10 +54,10 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     if len(set(parsed.models)) < len(parsed.models):
         raise UserError("A model is named twice; name each once.")
     with quick_imports():
-        from hf_plm.inference.evaluation import evaluate_models
-        from hf_plm.inference.findings import home, write_findings
-        from hf_plm.inference.protocol import CROP, Protocol, read_sample
         from hf_plm.inference.worklist import Cleaning
+        from hf_plm.judging.evaluation import evaluate_models
+        from hf_plm.judging.findings import home, write_findings
+        from hf_plm.judging.protocol import CROP, Protocol, read_sample
         from hf_plm.models.masked_lm import MaskedLM, open_masked_lm
 
     def open_model(name: str) -> MaskedLM:

@@ -79,18 +79,18 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         raise UserError("Give the labels with --task TABLE.")
     if parsed.out is not None and parsed.out.is_file():
         raise UserError(f"--out {parsed.out} is a file, where a folder was expected.")
-    from hf_plm.inference.judge import require_judge
     from hf_plm.inference.sites import site_letters
+    from hf_plm.judging.requirements import require_judge
 
     require_judge()
     letters = None
     if parsed.sites is not None and not (letters := site_letters(parsed.sites)):
         raise UserError(f"--sites are letters of residues, such as STY, not {parsed.sites!r}.")
     with quick_imports():
-        from hf_plm.inference.comparison import compare
-        from hf_plm.inference.probe import Options
-        from hf_plm.inference.probing import Model, run, site_groups
-    from hf_plm.inference.task import Columns, read_task
+        from hf_plm.judging.probes.comparison import compare
+        from hf_plm.judging.probes.probe import Options
+        from hf_plm.judging.probes.probing import Model, run, site_groups
+    from hf_plm.judging.probes.task import Columns, read_task
 
     names = parsed.compare or [parsed.model]
     models = [Model(name, parsed.precision, parsed.device, parsed.threads) for name in names]
@@ -125,7 +125,7 @@ def _predict(parsed: argparse.Namespace) -> None:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; with --predict it is the CSV to write.")
     with quick_imports():
-        from hf_plm.inference.probing import Model, apply
+        from hf_plm.judging.probes.probing import Model, apply
     model = Model(parsed.model, parsed.precision, parsed.device, parsed.threads)
     count = apply(model, parsed.predict, parsed.data, out, parsed.illegal)
     print(f"{count:,} predictions in {out}.")

@@ -39,7 +39,7 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     if parsed.sequences < 0:
         raise UserError(f"--sequences is a number from 0, not {parsed.sequences}.")
     with quick_imports():
-        from hf_plm.training.report import Asked, write_report
+        from hf_plm.report.report import Asked, write_report
 
     asked = Asked(
         parsed.model,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hf_plm.models.masked_lm import MaskedLM
 
 METHODS = ("masked", "wild-type", "pseudo-likelihood")
-"""As in hf_plm.inference.marginals, which imports torch."""
+"""As in hf_plm.judging.scores.marginals, which imports torch."""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -77,11 +77,11 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
-    from hf_plm.inference.dms import SCORE
-    from hf_plm.inference.findings import home, write_findings
-    from hf_plm.inference.judge import require_judge
-    from hf_plm.inference.marginals import Progress, num_residues, num_split, score_variants
-    from hf_plm.inference.variants import find_variants, read_table, read_wild_type, write_table
+    from hf_plm.judging.findings import home, write_findings
+    from hf_plm.judging.requirements import require_judge
+    from hf_plm.judging.scores.dms import SCORE
+    from hf_plm.judging.scores.marginals import Progress, num_residues, num_split, score_variants
+    from hf_plm.judging.scores.variants import find_variants, read_table, read_wild_type, write_table
 
     protein, residues = read_wild_type(parsed.wild_type)
     table = read_table(parsed.variants)
@@ -129,7 +129,7 @@ def _agreement(name: str, scores_V: Any, variants: Any, measured_V: Any, fit_V: 
     """Print how scores and BLOSUM62 agree with what was measured, where it was; for the findings."""
     import numpy as np
 
-    from hf_plm.inference.agreement import METRICS, blosum62, metrics
+    from hf_plm.judging.scores.agreement import METRICS, blosum62, metrics
 
     has_V = np.isfinite(measured_V) if fit_V is None else np.isfinite(measured_V) & np.isfinite(fit_V)
     if not has_V.all():
@@ -144,8 +144,8 @@ def _agreement(name: str, scores_V: Any, variants: Any, measured_V: Any, fit_V: 
 
 
 def _score_benchmark(parsed: argparse.Namespace, open_model: Any) -> None:
-    from hf_plm.inference.agreement import METRICS
-    from hf_plm.inference.dms import find_assays, run_dms
+    from hf_plm.judging.scores.agreement import METRICS
+    from hf_plm.judging.scores.dms import find_assays, run_dms
 
     assays, missing = find_assays(parsed.dms, parsed.reference)
     out = parsed.out or Path("dms")
@@ -169,11 +169,11 @@ def _score_benchmark(parsed: argparse.Namespace, open_model: Any) -> None:
 def _scan(parsed: argparse.Namespace, open_model: Any) -> None:
     import numpy as np
 
-    from hf_plm.inference import plots
-    from hf_plm.inference.findings import home, write_findings
-    from hf_plm.inference.marginals import Progress
-    from hf_plm.inference.scan import cost, heat_map, scan, write_scan
-    from hf_plm.inference.variants import read_proteins
+    from hf_plm.judging import plots
+    from hf_plm.judging.findings import home, write_findings
+    from hf_plm.judging.scores.marginals import Progress
+    from hf_plm.judging.scores.scan import cost, heat_map, scan, write_scan
+    from hf_plm.judging.scores.variants import read_proteins
     from hf_plm.models.masked_lm import LETTERS
 
     proteins = read_proteins(parsed.scan)

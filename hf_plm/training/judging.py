@@ -58,37 +58,42 @@ class Judge:
         if knobs.every is None:
             return
         if knobs.dms or knobs.contacts or knobs.probe:
-            from hf_plm.inference.judge import require_judge
+            from hf_plm.judging.requirements import require_judge
 
             require_judge()
         if knobs.data:
             self._tasks.append(partial(_protocol, self._sample()))
         if knobs.dms:
-            from hf_plm.inference.dms import find_assays
+            from hf_plm.judging.scores.dms import find_assays
 
             assays, _ = find_assays(Path(knobs.dms))
             self._tasks.append(partial(_dms, assays[:MOST_ASSAYS], knobs.sample))
         if knobs.contacts:
-            from hf_plm.inference.structures import read_structures
+            from hf_plm.judging.contacts.structures import read_structures
 
             self._tasks.append(partial(_contacts, read_structures(Path(knobs.contacts))))
         for path in knobs.probe:
-            from hf_plm.inference.task import read_task
+            from hf_plm.judging.probes.probe import prepare_quick
+            from hf_plm.judging.probes.task import read_task
 
-            self._tasks.append(partial(_probe, read_task(path), knobs.sample))
+            self._tasks.append(partial(_probe, prepare_quick(read_task(path), knobs.sample)))
 
     def _sample(self) -> Any:
-        from hf_plm.inference.protocol import Protocol, read_sample
+        from hf_plm.judging.protocol import Protocol, read_sample
 
         return read_sample(self._knobs.data, Protocol(), self._knobs.sample)
 
-    def numbers(self, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
-        """By name, as they stand in the metrics."""
+    def numbers(self, stock: EsmForMaskedLM, device: torch.device) -> tuple[dict[str, float], list[str]]:
+        """By name, as they stand in the metrics, and what went wrong: a task that fails is no reason to stop a run."""
         stock = stock.to(device).eval()
         found: dict[str, float] = {}
+        complaints = []
         for task in self._tasks:
-            found |= task(stock, device)
-        return found
+            try:
+                found |= task(stock, device)
+            except UserError as error:
+                complaints.append(str(error))
+        return found, complaints
 
 
 def told(numbers: dict[str, float]) -> str:
@@ -111,26 +116,26 @@ def _masked_lm(stock: EsmForMaskedLM, device: torch.device) -> MaskedLM:
 
 
 def _protocol(sample: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
-    from hf_plm.inference.evaluation import evaluate_sample
+    from hf_plm.judging.evaluation import evaluate_sample
 
     numbers = evaluate_sample(_masked_lm(stock, device), sample).summary()
     return {f"evaluate_{name.removeprefix('validation_')}": value for name, value in numbers.items()}
 
 
 def _dms(assays: Any, size: int, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
-    from hf_plm.inference.dms import quick_dms
+    from hf_plm.judging.scores.dms import quick_dms
 
     return quick_dms(_masked_lm(stock, device), assays, size)
 
 
 def _contacts(structures: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
-    from hf_plm.inference.contact_fit import quick_contacts
+    from hf_plm.judging.contacts.fit import quick_contacts
 
     return quick_contacts(stock, SPELLING, structures, FIT_PROTEINS, TEST_PROTEINS)
 
 
-def _probe(task: Any, size: int, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
-    from hf_plm.inference.probe import quick_probe
+def _probe(prepared: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
+    from hf_plm.judging.probes.probe import quick_probe
 
     encoder = TorchEncoder(stock.esm, SPELLING, -1, longest(stock.config, SPELLING), FACTS, "fp32", device)
-    return quick_probe(encoder, task, size)
+    return quick_probe(encoder, prepared)

@@ -296,13 +296,16 @@ def judge(parts: Parts, meter: Meter, progress: Progress) -> None:
     reshard(parts.module)
     stock = gather_stock(parts.accelerator, parts.model, parts.optimizer.optimizer)
 
-    def work() -> dict[str, float]:
+    def work() -> tuple[dict[str, float], list[str]]:
         assert parts.judge is not None
         return parts.judge.numbers(stock, parts.accelerator.device)
 
-    numbers = on_main(parts.accelerator, work)
-    meter.write({"step": progress.step, "tokens": progress.tokens, **numbers})
-    meter.say(f"evaluation at step {progress.step:,}: {told(numbers)}")
+    numbers, complaints = on_main(parts.accelerator, work)
+    if numbers:
+        meter.write({"step": progress.step, "tokens": progress.tokens, **numbers})
+        meter.say(f"evaluation at step {progress.step:,}: {told(numbers)}")
+    for complaint in complaints:
+        meter.say(f"warning: not evaluated at step {progress.step:,}: {complaint}")
 
 
 def save(parts: Parts, meter: Meter, progress: Progress) -> None:

@@ -1,0 +1,179 @@
+"""Predicted contacts as files: for each protein a table or a matrix, and a map to look at.
+
+Dimensions: N residues, P pairs.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hf_plm.config import UserError
+from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, counted, far_pairs, windows
+from hf_plm.judging.contacts.structures import Structure, holds_structures, read_structures
+from hf_plm.judging.plots import COLOURS, figure, png
+from hf_plm.proteins.fasta import FastaReader, IllegalResidueError, clean
+
+FORMATS = ("csv", "npz")
+INDEX = "proteins.csv"
+BLUE, ORANGE = COLOURS[0], COLOURS[1]
+NOT_PREDICTED = "#DDDDDD"
+FAINTEST_TOP = 0.25
+"""Of the colour scale, at least."""
+
+
+@dataclass(frozen=True)
+class Protein:
+    id: str
+    residues: bytes
+    structure: Structure | None = None
+
+
+def read_proteins(path: Path) -> list[Protein]:
+    """Of a FASTA file, or of structures, with what they show. Raises `UserError` for bad records, naming them."""
+    if holds_structures(path):
+        return [Protein(one.id, one.residues, one) for one in read_structures(path)]
+    proteins = []
+    reader = FastaReader(path)
+    for number, record in enumerate(reader, start=1):
+        try:
+            residues = clean(record.sequence).residues
+        except IllegalResidueError as error:
+            raise UserError(f"{path}, record {number} ({record.id}): {error}") from None
+        if not residues:
+            raise UserError(f"{path}, record {number} ({record.id}), has no residues.")
+        proteins.append(Protein(record.id, residues))
+    for note in reader.notes:
+        print(f"{path}: {note}")
+    return proteins
+
+
+def write_contacts(
+    predictor: ContactPredictor, proteins: list[Protein], out: Path, kind: str = "csv", has_pictures: bool = True
+) -> list[str]:
+    """A table or matrix and a picture of each protein into the new folder `out`; what is to be said of them.
+
+    csv: i, j (1-based, j - i >= 6), probability; npz: probability (N, N), NaN where it was not predicted, and sequence.
+    proteins.csv lists id, residues, files, windows, and pairs not predicted. Each file is written whole or not.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name another folder with --out, or move it away.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}.") from None
+    lines = ["id,residues,file,picture,windows,pairs,pairs_not_predicted"]
+    num_long = num_short = 0
+    names = _file_names([one.id for one in proteins])
+    for protein, name in zip(counted(proteins, len(proteins), "predicting contacts"), names, strict=True):
+        length = len(protein.residues)
+        map_NN = predictor.probabilities(protein.residues)
+        pairs_P2 = far_pairs(length)
+        missing = int(np.isnan(map_NN[pairs_P2[:, 0], pairs_P2[:, 1]]).sum())
+        content = _csv(map_NN, pairs_P2) if kind == "csv" else _npz(map_NN, protein.residues)
+        _write(out / f"{name}.{kind}", content)
+        picture = f"{name}.png" if has_pictures and len(pairs_P2) else ""
+        if picture:
+            _write(out / picture, png(contact_figure(protein.id, map_NN, protein.structure), dots_per_inch(length)))
+        num_windows = len(windows(length, predictor.limit))
+        num_long += num_windows > 1
+        num_short += not len(pairs_P2)
+        quoted = '"' + protein.id.replace('"', '""') + '"'
+        lines.append(f"{quoted},{length},{name}.{kind},{picture},{num_windows},{len(pairs_P2) - missing},{missing}")
+    _write(out / INDEX, ("\n".join(lines) + "\n").encode())
+    notes = [f"Contacts of {len(proteins):,} protein{'s' * (len(proteins) != 1)} are in {out}, listed in {INDEX}."]
+    if num_long:
+        notes.append(
+            f"{num_long:,} longer than {predictor.limit:,} residues were taken in windows of that length that overlap "
+            "by half; pairs that no window holds are not predicted."
+        )
+    if num_short:
+        notes.append(f"{num_short:,} have fewer than {LEAST_SEPARATION + 1} residues, and so no pair to predict.")
+    return notes
+
+
+def dots_per_inch(length: int) -> int:
+    """For a map of so many residues: a dot or more for each, up to 2,500 residues."""
+    return min(600, max(200, length // 4))
+
+
+def contact_figure(title: str, map_NN: np.ndarray, structure: Structure | None = None) -> Figure:
+    """Probability above the diagonal and, below it, the contacts of the structure where one is known."""
+    length = len(map_NN)
+    made, (axes,) = figure(5.6, 5.2 if structure else 4.9)
+    row_NN, column_NN = np.indices((length, length))
+    shown_NN = np.where(np.abs(row_NN - column_NN) >= LEAST_SEPARATION, map_NN, np.nan)
+    if structure is not None:
+        shown_NN[row_NN > column_NN] = np.nan
+    # A weak model gives 0.05 at most: the scale follows it down, but not so far that noise looks like contacts.
+    top = max(FAINTEST_TOP, float(np.nanmax(shown_NN, initial=0.0)))
+    colours = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CCBE8", BLUE, "#00243B"])
+    place: dict[str, Any] = {"extent": (0.5, length + 0.5, length + 0.5, 0.5), "interpolation": "nearest"}
+    image = axes.imshow(shown_NN, cmap=colours.with_extremes(bad=NOT_PREDICTED), vmin=0, vmax=top, **place)
+    handles = [Patch(color=NOT_PREDICTED, label="not predicted")]
+    if structure is not None:
+        below_NN = (row_NN - column_NN >= LEAST_SEPARATION) & np.logical_and.outer(*[structure.is_resolved_N] * 2)
+        truth_NN = np.where(below_NN, structure.contacts_NN().astype(float), np.nan)
+        orange = LinearSegmentedColormap.from_list("contacts", ["#FFFFFF", ORANGE])
+        axes.imshow(truth_NN, cmap=orange.with_extremes(bad=(0, 0, 0, 0)), vmin=0, vmax=1, **place)
+        label = f"structure ({structure.atom.removesuffix('(virtual)')} < {structure.cutoff:g} \u00c5)"
+        unknown = [] if structure.is_resolved_N.all() else [Patch(color=NOT_PREDICTED, label="not known")]
+        handles = [Patch(color=BLUE, label="model"), Patch(color=ORANGE, label=label), *unknown]
+    if structure is not None or np.isnan(map_NN).any():
+        made.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    axes.set(xlabel="residue", ylabel="residue", title=title)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=3))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}" if 1 <= value <= length else ""))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(True)
+    bar = made.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)))
+    bar.set_label("predicted probability of contact")
+    bar.outline.set_linewidth(0.5)
+    return made
+
+
+def _file_names(ids: list[str]) -> Iterator[str]:
+    """Names of files for ids: of harmless letters, no two alike, even where case makes no difference."""
+    seen: set[str] = set()
+    for id_ in ids:
+        name = base = re.sub(r"[^\w.-]+", "_", id_)[:100].lstrip(".") or "protein"
+        number = 1
+        while name.lower() in seen or name.lower() == INDEX.removesuffix(".csv"):
+            number += 1
+            name = f"{base}_{number}"
+        seen.add(name.lower())
+        yield name
+
+
+def _csv(map_NN: np.ndarray, pairs_P2: np.ndarray) -> bytes:
+    values_P = map_NN[pairs_P2[:, 0], pairs_P2[:, 1]]
+    known = np.isfinite(values_P)
+    rows = zip((pairs_P2[known] + 1).tolist(), values_P[known].tolist(), strict=True)
+    return ("i,j,probability\n" + "".join(f"{i},{j},{value:.6g}\n" for (i, j), value in rows)).encode()
+
+
+def _npz(map_NN: np.ndarray, residues: bytes) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, probability=map_NN, sequence=np.array(residues.decode()))
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""What a probe sees of a row: a frozen embedding, or for a baseline the letters alone.
+
+Vectors are kept of the rows that are used and of no others, in fp32: 100,000 sites of a model 1,024 wide are 0.4 GB.
+
+Dimensions: P proteins, R rows, D numbers of a row, N residues, A = 20 letters.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from hf_plm.inference.vectors import Encoder, embed_stream
+from hf_plm.judging.probes.task import Task
+from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
+
+FEATURES = ("residue", "site")
+"""Of a residue: its own vector, or beside it the mean of its protein, as PhosBoost has them (eporetsky/PhosBoost,
+embed.py)."""
+WINDOW = 7
+"""Residues on either side of a one-hot window: 15 in all."""
+SAY_SECONDS = 60.0
+Item = TypeVar("Item")
+
+
+def embedded(encoder: Encoder, task: Task, features: str = "residue", label: str = "embedding") -> np.ndarray:
+    """fp32 (R, D): the mean over each protein, or the vectors of the residues; each sequence is embedded once."""
+    assert features in FEATURES
+    is_site = task.level == "residue" and features == "site"
+    found_RD = np.empty((len(task), encoder.width * (2 if is_site else 1)), dtype=np.float32)
+    rows_of: dict[str, list[int]] = {}
+    for row, protein in enumerate(task.proteins_R.tolist()):
+        rows_of.setdefault(task.sequences[protein], []).append(row)
+    # Of like length one after the other: less waits for the longest of a batch.
+    sequences = sorted(rows_of, key=len, reverse=True)
+    pool = "mean" if task.level == "protein" else "none"
+    vectors = shown(
+        embed_stream(encoder, [(one.encode() for one in sequences)], (pool,), "window", encoder.limit),
+        [len(sequence) for sequence in sequences],
+        label,
+    )
+    for sequence, pooled in zip(sequences, vectors, strict=True):
+        rows, vector = rows_of[sequence], pooled[pool]
+        if task.level == "protein":
+            found_RD[rows] = vector
+        elif is_site:
+            found_RD[rows] = np.concatenate(
+                [vector[task.positions_R[rows]], np.broadcast_to(vector.mean(0), (len(rows), encoder.width))], axis=1
+            )
+        else:
+            found_RD[rows] = vector[task.positions_R[rows]]
+    return found_RD
+
+
+def letters(task: Task) -> np.ndarray:
+    """fp32 (R, A) composition of each protein, or (R, 15 * 21) letters around each residue, one-hot (20 and other)."""
+    other = len(STANDARD_RESIDUES)
+    column = np.full(256, other, dtype=np.int64)
+    column[list(STANDARD_RESIDUES.encode())] = np.arange(other)
+    coded = [column[np.frombuffer(sequence.encode(), dtype=np.uint8)] for sequence in task.sequences]
+    if task.level == "protein":
+        shares_PA = np.array([np.bincount(one, minlength=other + 1)[:other] / len(one) for one in coded])
+        return shares_PA[task.proteins_R].astype(np.float32)
+    # All proteins end to end with a margin between them, so that one index finds each window.
+    margin = np.full(WINDOW, other)
+    joined = np.concatenate([margin, *(part for one in coded for part in (one, margin))])
+    lengths = np.array([len(one) for one in coded])
+    begins_P = WINDOW + np.cumsum(lengths + WINDOW) - (lengths + WINDOW)
+    at_R = begins_P[task.proteins_R] + task.positions_R
+    width = other + 1
+    found = np.zeros((len(task), (2 * WINDOW + 1) * width), dtype=np.float32)
+    for offset in range(-WINDOW, WINDOW + 1):
+        found[np.arange(len(task)), (offset + WINDOW) * width + joined[at_R + offset]] = 1
+    return found
+
+
+def shown(items: Iterable[Item], weights: list[int], label: str) -> Iterator[Item]:
+    """The items, with a bar on a terminal and elsewhere a line now and then, by the share of their weights."""
+    total, done = max(sum(weights), 1), 0
+    said = time.monotonic()
+    bar = tqdm(
+        total=total,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        dynamic_ncols=True,
+        bar_format=f"{label}  {{percentage:3.0f}}% |{{bar}}| {{remaining}} left",
+    )
+    with bar:
+        for item, weight in zip(items, weights, strict=True):
+            yield item
+            done += weight
+            bar.update(weight)
+            if bar.disable and time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                print(f"{label}: {done / total:.0%}", flush=True)

@@ -1,0 +1,321 @@
+"""Deep mutational scans: a whole benchmark of measured variants, scored assay by assay, resumable.
+
+Two layouts are read. ProteinGym's: `DMS_substitutions.csv` and a CSV per assay. And one of two tables: `dms_assays`
+(assay, uniprot, selection, binarization_cutoff, wt_sequence) and `dms_single` (assay, mutant, score).
+
+The scores of each assay are a CSV in the output folder, whole or not there. The same command goes on after any stop;
+metrics are always computed from these files, so that a stopped run gives what an unstopped one gives.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hf_plm.config import UserError
+from hf_plm.judging.findings import home, write_findings
+from hf_plm.judging.requirements import require_judge
+from hf_plm.judging.scores.agreement import METRICS, averages, blosum62, metrics
+from hf_plm.judging.scores.marginals import Progress, num_residues, num_split, score_variants
+from hf_plm.judging.scores.variants import Table, Variant, find_variants, read_table, write_table, write_whole
+from hf_plm.lock import locked
+from hf_plm.models.masked_lm import MaskedLM
+from hf_plm.proteins.fasta import IllegalResidueError, clean
+
+REFERENCE = "DMS_substitutions.csv"
+TABLES = ("dms_assays", "dms_single")
+SCORE = "hf_plm_score"
+SCORE_COLUMNS = ["mutant", "DMS_score", "DMS_score_bin", SCORE]
+REQUEST = "request.json"
+
+# The commonest `coarse_selection_type` of each `selection_type` in ProteinGym's reference_files/DMS_substitutions.csv,
+# names in lower case; an empty name is most often OrganismalFitness there. What is not here keeps its name.
+COARSE = {
+    "growth": "OrganismalFitness",
+    "growth (antitoxin neutralization of pare3)": "OrganismalFitness",
+    "amp resistance": "OrganismalFitness",
+    "amoxicillin resistance": "OrganismalFitness",
+    "antibiotics resistance": "OrganismalFitness",
+    "inhibitor resistance": "OrganismalFitness",
+    "complementation": "OrganismalFitness",
+    "": "OrganismalFitness",
+    "activity": "Activity",
+    "auto-ubiquitination": "Activity",
+    "facs": "Activity",
+    "flow cytometry": "Activity",
+    "fluorescence": "Activity",
+    "lipid phosphatase activity": "Activity",
+    "receptor activity": "Activity",
+    "toxin activity": "Activity",
+    "voltage": "Activity",
+    "binding": "Binding",
+    "protein stability": "Expression",
+    "protein abundance": "Expression",
+    "aggregation": "Stability",
+    "cdna display proteolysis": "Stability",
+    "thermostability": "Stability",
+}
+
+
+@dataclass(frozen=True)
+class Assay:
+    """One deep mutational scan: of which protein, and the table of its variants, read when it is asked for."""
+
+    name: str
+    uniprot: str
+    selection: str  # by which ProteinGym averages: its coarse type
+    residues: bytes
+    cutoff: float | None  # variants above it are fit; none: above the median, or as the table says
+    table: Callable[[], Table]
+
+    def read(self) -> "Measured":
+        """Raises `UserError` where the table does not fit the protein."""
+        table = self.table()
+        mutants, variants = find_variants(table, self.residues)
+        return Measured(mutants, variants, *measurements(table, self.cutoff))
+
+
+class Measured(NamedTuple):
+    mutants: list[str]
+    variants: list[Variant]
+    scores_V: np.ndarray
+    is_fit_V: np.ndarray
+
+
+def measurements(table: Table, cutoff: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """fp64 and bool (V,): what was measured of each variant, and whether it is fit. Raises `UserError`."""
+    column = table.find("DMS_score", "score")
+    if column is None:
+        raise UserError(f"{table.path} has no column DMS_score, nor score; its columns are {', '.join(table.header)}.")
+    scores_V = table.numbers(column)
+    column = table.find("DMS_score_bin")
+    if column is not None:
+        return scores_V, table.numbers(column) > 0
+    return scores_V, scores_V > (np.median(scores_V) if cutoff is None else cutoff)
+
+
+def find_assays(folder: Path, reference: Path | None = None) -> tuple[list[Assay], list[str]]:
+    """The assays of a folder in either layout, and the names of those in ProteinGym's reference that have no file.
+
+    `reference` names the reference where the folder does not hold it; beside two tables it gives their assays
+    ProteinGym's types of selection. Raises `UserError` where nothing of the kind is there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; --dms takes one with {REFERENCE} and a CSV of each assay.")
+    rows = _reference(reference or folder / REFERENCE) if reference or (folder / REFERENCE).is_file() else []
+    tables = [next((path for path in sorted(folder.glob(f"{name}.*")) if path.is_file()), None) for name in TABLES]
+    if tables[0] and tables[1]:
+        return _of_tables(tables[0], tables[1], {row["DMS_id"]: row["coarse_selection_type"] for row in rows}), []
+    if not rows:
+        raise UserError(
+            f"{folder} has no {REFERENCE} (ProteinGym's reference_files; --reference names one elsewhere), nor "
+            f"{TABLES[0]}.tsv.gz and {TABLES[1]}.tsv.gz."
+        )
+    found, missing = [], []
+    for row in rows:
+        path = folder / row["DMS_filename"]
+        if not path.is_file():
+            missing.append(row["DMS_id"])
+            continue
+        cutoff = row.get("DMS_binarization_cutoff", "").strip()
+        where = f"target_seq of {row['DMS_id']}"
+        found.append(
+            Assay(
+                row["DMS_id"],
+                row["UniProt_ID"],
+                row["coarse_selection_type"],
+                _residues(row["target_seq"], where),
+                float(cutoff) if cutoff else None,
+                lambda path=path: read_table(path),  # type: ignore[misc]
+            )
+        )
+    if not found:
+        raise UserError(f"{folder} holds none of the {len(rows):,} files that the reference names ({missing[0]} ...).")
+    return found, missing
+
+
+def _reference(path: Path) -> list[dict[str, str]]:
+    rows = _as_dicts(read_table(path))
+    needed = {"DMS_id", "DMS_filename", "UniProt_ID", "target_seq", "coarse_selection_type"}
+    if missing := sorted(needed - rows[0].keys()):
+        raise UserError(f"{path} should be ProteinGym's {REFERENCE}, but lacks {', '.join(missing)}.")
+    return rows
+
+
+def _as_dicts(table: Table) -> list[dict[str, str]]:
+    return [dict(zip(table.header, row, strict=True)) for row in table.rows]
+
+
+def _of_tables(assays_path: Path, variants_path: Path, coarse: dict[str, str]) -> list[Assay]:
+    rows = _as_dicts(read_table(assays_path))
+    if missing := sorted({"assay", "uniprot", "selection", "wt_sequence"} - rows[0].keys()):
+        raise UserError(f"{assays_path} lacks {', '.join(missing)}.")
+    table = read_table(variants_path)
+    column = table.find("assay")
+    if column is None:
+        raise UserError(f"{variants_path} lacks a column assay.")
+    places: dict[str, list[int]] = {row["assay"]: [] for row in rows}
+    for index, row in enumerate(table.rows):
+        if row[column] not in places:
+            raise UserError(
+                f"{variants_path}, line {table.lines[index]}: {row[column]} is no assay of {assays_path.name}."
+            )
+        places[row[column]].append(index)
+
+    def part(name: str) -> Table:
+        chosen = places[name]
+        return Table(
+            table.path, table.delimiter, table.header, [table.rows[i] for i in chosen], [table.lines[i] for i in chosen]
+        )
+
+    found = []
+    for assay in rows:
+        name = assay["assay"]
+        if not places[name]:
+            raise UserError(f"{variants_path} has no variant of {name}.")
+        selection = coarse.get(name) or COARSE.get(assay["selection"].lower(), assay["selection"])
+        cutoff = assay.get("binarization_cutoff", "").strip()
+        residues = _residues(assay["wt_sequence"], f"wt_sequence of {name}")
+        found.append(
+            Assay(
+                name,
+                assay["uniprot"],
+                selection,
+                residues,
+                float(cutoff) if cutoff else None,
+                lambda name=name: part(name),  # type: ignore[misc]
+            )
+        )
+    return found
+
+
+def _residues(sequence: str, where: str) -> bytes:
+    try:
+        return clean(sequence).residues
+    except IllegalResidueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def run_dms(
+    model: MaskedLM, where: str, name: str, assays: Sequence[Assay], missing: list[str], method: str, out: Path
+) -> dict[str, Any]:
+    """Score every assay that has no scores in `out` yet, then judge all of them; returns what the findings hold.
+
+    `where` is the model's folder or name, `name` the benchmark's; `missing` is what `find_assays` found no file for.
+    Raises `UserError` before anything is computed where a table does not fit, or `out` holds scores of another model
+    or method.
+    """
+    require_judge()
+    if missing:
+        print(f"Left out, since the folder has no file of them: {len(missing):,} of the reference ({missing[0]} ...)")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / ".lock", f"scores into {out}"):
+            _claim(out, {"method": method, **{key: value for key, value in model.facts.items() if key != "model"}})
+            todo = [assay for assay in assays if not _scores_path(out, assay).is_file()]
+            if len(todo) < len(assays):
+                print(f"{len(assays) - len(todo):,} of {len(assays):,} assays have their scores already.")
+            total = 0
+            for assay in todo:  # what is wrong with any of them is told now
+                total += num_residues(assay.residues, assay.read().variants, method, model.limit)
+            with Progress(f"{len(todo):,} assays", total) as progress:
+                for assay in todo:
+                    _score(model, assay, method, _scores_path(out, assay), progress)
+            rows = [_judge(assay, _scores_path(out, assay), method, model.limit) for assay in assays]
+            plain = {"dms": name, "method": method, "missing": missing, **summarize(rows), "assays": rows}
+            write_table(out / "summary.csv", list(rows[0]), [list(row.values()) for row in rows])
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}.") from None
+    for path in (out / "findings.json", home(where, "dms", name)):
+        if path is not None:
+            write_findings(path, "dms", [model.facts], plain)
+    return plain
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The averages of every metric, of the model and of BLOSUM62."""
+    names = [*METRICS, *(f"blosum62_{metric}" for metric in METRICS)]
+    return {"averages": {metric: averages(rows, metric) for metric in names}}
+
+
+def _claim(out: Path, request: dict[str, str]) -> None:
+    """Take a folder for one model and method, or find that it is theirs."""
+    path = out / REQUEST
+    if not path.is_file():
+        write_whole(path, json.dumps(request, indent=1).encode())
+        return
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+        different = [key for key in sorted(was.keys() | request.keys()) if was.get(key) != request.get(key)]
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; remove {out} or name another --out.") from None
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{out} holds scores of another {key} ({was.get(key)}, now {request.get(key)}); name another --out, or "
+            "remove the folder."
+        )
+
+
+def _scores_path(out: Path, assay: Assay) -> Path:
+    return out / f"{assay.name}.csv"
+
+
+def _score(model: MaskedLM, assay: Assay, method: str, path: Path, progress: Progress) -> None:
+    measured = assay.read()
+    scores_V = score_variants(model, assay.residues, measured.variants, method, progress.count)
+    columns = (
+        measured.mutants,
+        measured.scores_V.tolist(),
+        measured.is_fit_V.astype(int).tolist(),
+        scores_V.round(6).tolist(),
+    )
+    write_table(path, SCORE_COLUMNS, zip(*columns, strict=True))
+
+
+def _judge(assay: Assay, path: Path, method: str, limit: int) -> dict[str, Any]:
+    """An assay's row of the result, from its scores as they were written."""
+    measured = assay.read()
+    table = read_table(path)
+    mutants = [row[0] for row in table.rows]
+    if table.header != SCORE_COLUMNS or mutants != measured.mutants or (table.numbers(1) != measured.scores_V).any():
+        raise UserError(f"{path} is of other variants than {assay.name} has now; remove it to have it scored again.")
+    baseline = metrics(blosum62(measured.variants), measured.scores_V, measured.is_fit_V)
+    return {
+        "assay": assay.name,
+        "uniprot": assay.uniprot,
+        "selection": assay.selection,
+        "residues": len(assay.residues),
+        "variants": len(mutants),
+        "split": num_split(assay.residues, measured.variants, method, limit),
+        **metrics(table.numbers(3), measured.scores_V, measured.is_fit_V),
+        **{f"blosum62_{metric}": value for metric, value in baseline.items()},
+    }
+
+
+def quick_dms(
+    model: MaskedLM, assays: Sequence[Assay], per_assay: int = 500, method: str = "wild-type"
+) -> dict[str, float]:
+    """Averages on some variants of each assay, always the same ones: for a look during training.
+
+    `dms_spearman`, its `dms_blosum62_spearman`, and `dms_spearman/ASSAY`. By `wild-type` an assay costs one forward
+    pass, or one for each mutated position where the protein is longer than the model takes.
+    """
+    rows, found = [], {}
+    for assay in assays:
+        measured = assay.read()
+        size = min(per_assay, len(measured.variants))
+        chosen = np.sort(np.random.default_rng(0).choice(len(measured.variants), size, replace=False))
+        variants = [measured.variants[index] for index in chosen]
+        row: dict[str, Any] = {"uniprot": assay.uniprot, "selection": assay.selection}
+        for prefix, scores_V in (
+            ("", score_variants(model, assay.residues, variants, method)),
+            ("blosum62_", blosum62(variants)),
+        ):
+            row[f"{prefix}spearman"] = metrics(scores_V, measured.scores_V[chosen])["spearman"]
+        rows.append(row)
+        found[f"dms_spearman/{assay.name}"] = row["spearman"]
+    return {f"dms_{name}": averages(rows, name)["mean"] for name in ("spearman", "blosum62_spearman")} | found
