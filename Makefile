@@ -7,7 +7,7 @@ DATA := corpora/simulated.fasta.gz
 THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test test-all check format compat bounds wheel clean bench bench-embed gpu equivalence faults
+.PHONY: help install pretrain test test-all check format compat bounds wheel clean bench bench-embed bench-score gpu equivalence faults
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,10 +52,14 @@ bench-embed: $(READY) ## embedding on the CPU side by side, and its memory, in r
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/cpu_embed.py --out runs/bench/cpu_embed.json
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/embed_memory.py --out runs/bench/embed_memory.json
 
+bench-score: $(READY) ## masked marginals against the loop over positions, in runs/bench (20 minutes)
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/score.py --out runs/bench/score.json
+
 gpu: $(READY) ## on a machine with a GPU: the tests marked gpu, then the benchmarks
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python benchmarks/gpu_train.py --out runs/bench/gpu_train.json
 	@$(BIN)/python benchmarks/gpu_embed.py --out runs/bench/gpu_embed.json
+	@$(BIN)/python benchmarks/score.py --device cuda --out runs/bench/gpu_score.json
 	@$(BIN)/python benchmarks/saving.py --preset 150m --tokens 16384
 
 check: $(READY) ## format, lint, types, imports

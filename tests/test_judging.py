@@ -28,20 +28,11 @@ def tasks(tmp_path, family_fasta):
         "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type,DMS_binarization_cutoff\n"
         f"one,one.csv,ONE,{wild_type},Activity,0\n"
     )
-    rows = [f"{wild_type[place]}{place + 1}{'A' if wild_type[place] != 'A' else 'G'}" for place in range(20)]
-    lines = [f"{mutant},{value:.3f},{int(value > 0)}" for mutant, value in zip(rows, draw.normal(size=20), strict=True)]
-    (folder / "one.csv").write_text("mutant,DMS_score,DMS_score_bin\n" + "\n".join(lines) + "\n")
-    with open(tmp_path / "structures.jsonl", "w") as file:
-        for number, residues in enumerate(proteins[:40]):
-            pairs = [[i, i + 30] for i in range(0, len(residues) - 30, 2)]
-            row = {"id": f"s{number}", "set": "made", "atom": "CA", "cutoff": 8, "seq": residues, "pairs": pairs}
-            file.write(json.dumps(row) + "\n")
-    counts = np.array([residues.count("L") for residues in proteins])
-    labels = np.where(counts > np.median(counts), "yes", "no")
     rows = [
-        f"t{number},{residues},{label}" for number, (residues, label) in enumerate(zip(proteins, labels, strict=True))
+        f"t{number},{residues},{label},{'train' if number % 4 else 'test'}"
+        for number, (residues, label) in enumerate(zip(proteins, labels, strict=True))
     ]
-    (tmp_path / "task.csv").write_text("\n".join(["id,sequence,label", *rows]) + "\n")
+    (tmp_path / "task.csv").write_text("\n".join(["id,sequence,label,split", *rows]) + "\n")
     return tmp_path
 
 

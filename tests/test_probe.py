@@ -15,6 +15,7 @@ from hf_plm.judging.probes.probe import (
     final,
     measured,
     predictions,
+    prepare_quick,
     prepare_task,
     quick_probe,
     wanted,
@@ -165,7 +166,7 @@ def test_a_word_during_a_run(tmp_path):
     task = random_task(proteins=60)
     # The share of alanine is in the mean embedding of any model, and in the composition.
     rich = [("A" * 10 + one[10:]) if label else one for one, label in zip(task.sequences, task.labels_R, strict=True)]
-    found = quick_probe(encoder, dataclasses.replace(task, sequences=tuple(rich)), 50)
+    found = quick_probe(encoder, prepare_quick(dataclasses.replace(task, sequences=tuple(rich)), 50))
     assert list(found) == ["probe_t_auprc", "probe_t_auprc_baseline"]
     assert min(found.values()) > 0.9
-    assert max(quick_probe(encoder, task, 50).values()) < 0.9
+    assert max(quick_probe(encoder, prepare_quick(task, 50)).values()) < 0.9

@@ -1,6 +1,6 @@
 """Masked marginals of every position of a protein: hf_plm against a loop over the stock model, on all cores or a GPU.
 
-    python benchmarks/cpu_score.py --out cpu_score.json [--device cuda]
+    python benchmarks/score.py --out score.json [--device cuda]
 
 Real wild types (HF_PLM_DATA, default `../shared/data`): beta-lactamase TEM-1 (BLAT_ECOLX, 286 residues) and the toxin
 CcdB (CCDB_ECOLI, 101); the shapes of ESM-2 8m and 35m and of the demo, random weights. The loop is what fair-esm's
