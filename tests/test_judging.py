@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.judging.evaluation import evaluate_sample
-from hf_plm.judging.protocol import Protocol, read_sample
+from hf_plm.inference.evaluation import evaluate_sample
+from hf_plm.inference.protocol import Protocol, read_sample
 from hf_plm.models.masked_lm import open_masked_lm
 from hf_plm.recipe import load_recipe
 from hf_plm.training.judging import check_tasks
@@ -28,6 +28,16 @@ def tasks(tmp_path, family_fasta):
         "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type,DMS_binarization_cutoff\n"
         f"one,one.csv,ONE,{wild_type},Activity,0\n"
     )
+    rows = [f"{wild_type[place]}{place + 1}{'A' if wild_type[place] != 'A' else 'G'}" for place in range(20)]
+    lines = [f"{mutant},{value:.3f},{int(value > 0)}" for mutant, value in zip(rows, draw.normal(size=20), strict=True)]
+    (folder / "one.csv").write_text("mutant,DMS_score,DMS_score_bin\n" + "\n".join(lines) + "\n")
+    with open(tmp_path / "structures.jsonl", "w") as file:
+        for number, residues in enumerate(proteins[:40]):
+            pairs = [[i, i + 30] for i in range(0, len(residues) - 30, 2)]
+            row = {"id": f"s{number}", "set": "made", "atom": "CA", "cutoff": 8, "seq": residues, "pairs": pairs}
+            file.write(json.dumps(row) + "\n")
+    counts = np.array([residues.count("L") for residues in proteins])
+    labels = np.where(counts > np.median(counts), "yes", "no")
     rows = [
         f"t{number},{residues},{label},{'train' if number % 4 else 'test'}"
         for number, (residues, label) in enumerate(zip(proteins, labels, strict=True))
