@@ -10,7 +10,7 @@ import torch
 from support.encoders import esm2
 
 from hf_plm.cli import main
-from hf_plm.config import Mask
+from hf_plm.config import Mask, UserError
 from hf_plm.data.corpus import open_corpus
 from hf_plm.data.loader import validation_micro_batches, validation_windows
 from hf_plm.inference.evaluate import evaluate
@@ -116,6 +116,30 @@ def test_a_model_against_itself_and_against_noise(finished_run, random_model, fa
     assert high - low < (first[2] - first[1]) + (second[2] - second[1])
 
 
+def test_only_the_split_that_is_asked_for(family_corpus):
+    sizes = {
+        split: read_sample([family_corpus], Protocol(), 0, split).facts["proteins"] for split in ("train", "validation")
+    }
+    assert sizes == {split: len(open_corpus(family_corpus, split)) for split in sizes}
+    with pytest.raises(UserError, match="has no split for test"):
+        read_sample([family_corpus], Protocol(), 0, "test")
+
+
+def test_one_protein_has_no_interval(random_model, fasta):
+    sample = read_sample([fasta], Protocol(), 1)
+    value, low, high = summarise(evaluate_sample(open_masked_lm(random_model), sample), sample)["overall"]["loss"]
+    assert np.isfinite(value)
+    assert np.isnan([low, high]).all()
+
+
+def test_depth_is_the_size_of_the_cluster(fasta, tmp_path):
+    clusters = tmp_path / "clusters.tsv"
+    clusters.write_text("".join(f"c{max(number - 29, 0)}\tp{number}\n" for number in range(32)) + "c1\telsewhere\n")
+    sample = read_sample([fasta], Protocol(), clusters=clusters)
+    depths = {protein.id: protein.depth for protein in sample.proteins}
+    assert (depths["p3"], depths["p29"], depths["p30"], depths["p31"]) == (30, 30, 2, 1)
+
+
 def test_parts_add_up(random_model, fasta):
     sample = read_sample([fasta], Protocol())
     found = summarise(evaluate_sample(open_masked_lm(random_model), sample), sample)
@@ -138,8 +162,13 @@ def test_pseudo_perplexity_is_one_residue_at_a_time(random_model, fasta):
     assert found["residues"] == len(losses)
     assert found["pseudo_perplexity"][0] == pytest.approx(float(np.exp(np.mean(losses))), rel=1e-5)
     # The twin: nothing masked, another number.
-    unmasked = [model.log_probs([Query(p.residues, p.targets[:0], p.targets)]) for p in sample.proteins]
-    assert -np.concatenate([next(one)[:, 0] for one in unmasked]).mean() != pytest.approx(np.mean(losses), abs=1e-6)
+    seen = []
+    for protein in sample.proteins:
+        letters = LETTER_INDEX[np.frombuffer(protein.residues, dtype=np.uint8)]
+        (answer,) = model.log_probs([Query(protein.residues, letters[:0], np.arange(len(letters)))])
+        seen += list(-answer[np.arange(len(letters)), letters])
+    assert len(seen) == len(losses)
+    assert np.mean(seen) != pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def test_the_command(finished_run, random_model, fasta, tmp_path, capsys):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.inference.evaluation import evaluate_sample
-from hf_plm.inference.protocol import Protocol, read_sample
+from hf_plm.judging.evaluation import evaluate_sample
+from hf_plm.judging.protocol import Protocol, read_sample
 from hf_plm.models.masked_lm import open_masked_lm
 from hf_plm.recipe import load_recipe
 from hf_plm.training.judging import check_tasks

@@ -7,6 +7,9 @@ from pathlib import Path
 from hf_plm.cli.process import quick_imports
 from hf_plm.config import UserError
 
+NUM_PROTEINS = 20
+"""As in hf_plm.judging.contacts.fit, which imports torch."""
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     contacts = commands.add_parser(
@@ -23,17 +26,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     contacts.add_argument(
         "--out", type=Path, help="folder to write; with --evaluate alone a .json file (default: in RUN/findings)"
     )
-    contacts.add_argument("--format", default="csv", help="csv: i, j, probability; npz: the matrix (csv)")
+    contacts.add_argument("--format", help="csv: i, j, probability; npz: the matrix (csv)")
     contacts.add_argument("--no-pictures", action="store_true", help="no map of each protein")
     contacts.add_argument(
         "--fit", type=Path, metavar="STRUCTURES", help="fit the contact head; write the model, judge it on the others"
     )
-    contacts.add_argument("--proteins", dest="num_proteins", type=int, default=20, help="to fit on (20)")
-    contacts.add_argument("--seed", type=int, default=0, help="another seed, other proteins to fit on (0)")
+    contacts.add_argument("--proteins", dest="num_proteins", type=int, help="to fit on (20)")
+    contacts.add_argument("--seed", type=int, help="another seed, other proteins to fit on (0)")
     contacts.add_argument(
         "--evaluate", type=Path, metavar="STRUCTURES", help="P@L, P@L/2 and P@L/5 by range, with two baselines"
     )
-    contacts.add_argument("--sets", nargs="+", default=[], help="of the structures these sets alone (all)")
+    contacts.add_argument("--sets", nargs="+", help="of the structures of --fit and --evaluate these sets alone (all)")
     contacts.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (the GPU where there is one)")
     contacts.add_argument("--threads", type=int, help="CPU cores to use (all)")
     contacts.set_defaults(run=_contacts)
@@ -46,6 +49,15 @@ def _contacts(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         raise UserError(f"Predict for {parsed.proteins} in a command of its own; leave --fit and --evaluate out.")
     if not (parsed.proteins or parsed.fit or parsed.evaluate):
         raise UserError("Give proteins to predict contacts of (a FASTA file), or --fit or --evaluate with structures.")
+    for name, is_given, goes, where in (
+        ("format", parsed.format, parsed.proteins, "proteins to predict for"),
+        ("no-pictures", parsed.no_pictures, parsed.proteins, "proteins to predict for"),
+        ("proteins", parsed.num_proteins is not None, parsed.fit, "--fit"),
+        ("seed", parsed.seed is not None, parsed.fit, "--fit"),
+        ("sets", parsed.sets, parsed.fit or parsed.evaluate, "--fit and --evaluate"),
+    ):
+        if is_given and not goes:
+            raise UserError(f"--{name} goes with {where}.")
     if parsed.proteins and parsed.out is None:
         raise UserError("Say where to write: --out FOLDER.")
     with quick_imports():
@@ -57,16 +69,16 @@ def _contacts(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         torch.set_num_threads(parsed.threads)
     if parsed.proteins:
         predict_contacts(
-            parsed.model, parsed.proteins, parsed.out, parsed.format, not parsed.no_pictures, parsed.device
+            parsed.model, parsed.proteins, parsed.out, parsed.format or "csv", not parsed.no_pictures, parsed.device
         )
         return
     job = Judged(
         parsed.model,
         parsed.fit,
         parsed.evaluate,
-        tuple(parsed.sets),
-        parsed.num_proteins,
-        parsed.seed,
+        tuple(parsed.sets or ()),
+        NUM_PROTEINS if parsed.num_proteins is None else parsed.num_proteins,
+        parsed.seed or 0,
         parsed.out,
         parsed.device,
     )

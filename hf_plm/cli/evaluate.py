@@ -65,18 +65,26 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
     protocol = Protocol(parsed.crop or CROP)
     cleaning = Cleaning(parsed.illegal, parsed.gaps, parsed.max_rejected, parsed.sequence_column)
-    sample = read_sample(parsed.data, protocol, parsed.sequences, parsed.split, cleaning, parsed.clusters)
+    with _reading() as on_bytes:
+        sample = read_sample(parsed.data, protocol, parsed.sequences, parsed.split, cleaning, parsed.clusters, on_bytes)
     facts, found = evaluate_models(parsed.models, sample, protocol, open_model, parsed.pseudo, _bar)
     print("\n".join(_report(found)))
     names = "+".join(Path(source).name for source in sample.facts["sources"])
-    paths = [parsed.out] if parsed.out else []
+    if parsed.out:
+        write_findings(parsed.out, "evaluation", facts, found)
+        print(f"\nWritten to {parsed.out}")
     for one, result, name in zip(facts, found["results"], parsed.models, strict=True):
         if path := home(name, "evaluation", names):
             write_findings(path, "evaluation", [one], {**found, "results": [result], "differences": []})
             print(f"\nKept in {path}")
-    for path in paths:
-        write_findings(path, "evaluation", facts, found)
-        print(f"\nWritten to {path}")
+
+
+@contextmanager
+def _reading() -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.update
 
 
 @contextmanager
@@ -101,9 +109,13 @@ def _report(found: dict[str, Any]) -> list[str]:
         (data["cropped"], f"longer than {found['protocol']['crop_residues']:,} residues: one window of each"),
         (data["repeated"], "sequences that came before: left out"),
         (data["rejected"], "rejected, listed in the JSON"),
+        (data["j_to_x"], "J read as X"),
+        (data["illegal_to_x"], "illegal characters read as X"),
+        (data["gaps_stripped"], "gaps taken out"),
     ):
         if count:
             lines.append(f"           {count:,} {text}")
+    lines += [f"note       {note}" for note in data["notes"]]
     width = max(len(result["model"]) for result in results)
     lines += ["", f"{'model':<{width}}  {'loss':<22} {'perplexity':<22} {'recovery':<22}"]
     for result in results:
@@ -156,8 +168,8 @@ def _groups(results: list[dict[str, Any]], name: str, title: str, width: int) ->
 
 
 def _difference(found: dict[str, Any]) -> str:
-    value, low, high = found["loss"]
-    verdict = "no difference shown" if low <= 0 <= high else "better" if value < 0 else "worse"
+    _, low, high = found["loss"]
+    verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
     return (
         f"{found['a']} against {found['b']}: loss {_interval(found['loss'], 4, sign=True)}, recovery "
         f"{_interval(found['recovery'], 2, 100, sign=True)} points: {verdict} (better on "
@@ -168,4 +180,4 @@ def _difference(found: dict[str, Any]) -> str:
 def _interval(values: Sequence[float], digits: int = 3, factor: float = 1, sign: bool = False) -> str:
     plus = "+" if sign else ""
     value, low, high = (f"{factor * one:{plus}.{digits}f}" for one in values)
-    return f"{value} ({low} to {high})"
+    return value if "nan" in low else f"{value} ({low} to {high})"

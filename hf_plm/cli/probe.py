@@ -89,7 +89,7 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     with quick_imports():
         from hf_plm.judging.probes.comparison import compare
         from hf_plm.judging.probes.probe import Options
-        from hf_plm.judging.probes.probing import Model, run, site_groups
+        from hf_plm.judging.probes.probing import Model, letter_groups, run, site_groups
     from hf_plm.judging.probes.task import Columns, read_task
 
     names = parsed.compare or [parsed.model]
@@ -109,9 +109,9 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         parsed.seed,
     )
     task = read_task(parsed.task, columns, parsed.kind, parsed.proteins, letters, parsed.illegal)
-    groups = site_groups(task, letters)
-    for group in groups:
-        out = parsed.out / group.name if parsed.out is not None and len(groups) > 1 else parsed.out
+    for group in site_groups(task, letters):
+        apart = len(letter_groups(letters)) > 1  # even where one group is left
+        out = parsed.out / group.name if parsed.out is not None and apart else parsed.out
         if parsed.compare:
             compare(models[0], models[1], group, options, out)
         else:

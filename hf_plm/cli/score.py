@@ -33,7 +33,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     score.add_argument("--mutant-column", metavar="NAME", help="column of mutants (mutant, variant, mutations, hgvs)")
     score.add_argument("--reference", type=Path, metavar="CSV", help="of --dms: DMS_substitutions.csv (in its folder)")
     score.add_argument(
-        "--out", type=Path, help="file to write, of --dms and of several proteins a folder (scores.csv, dms, scan.csv)"
+        "--out",
+        type=Path,
+        help="file to write, of --dms and several proteins a folder (variant_scores.csv, dms_scores, scan.csv, scan)",
     )
     score.add_argument("--precision", default="auto", help="of products: fp32, bf16, fp16 (fp32, on GPUs bf16)")
     score.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (the GPU where there is one)")
@@ -71,9 +73,15 @@ def _check(parsed: argparse.Namespace) -> None:
             "--scan takes --method masked or wild-type: by pseudo-likelihood each of 19 substitutions of each residue "
             "would take as many forward passes as the protein has residues."
         )
-    for given in (parsed.variants, parsed.wild_type, parsed.scan, parsed.dms, parsed.reference):
-        if given and parsed.out and parsed.out.resolve() == given.resolve():
-            raise UserError(f"--out {parsed.out} is what is read; name another.")
+
+
+def _keep_inputs(parsed: argparse.Namespace, *written: Path) -> None:
+    """Raises `UserError` where one of the paths to write is one of those to read."""
+    read = [parsed.variants, parsed.wild_type, parsed.scan, parsed.dms, parsed.reference]
+    places = {given.resolve() for given in read if given}
+    for path in written:
+        if path.resolve() in places:
+            raise UserError(f"{path} would be written, but is what is read; name another with --out.")
 
 
 def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
@@ -83,6 +91,8 @@ def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
     from hf_plm.judging.scores.marginals import Progress, num_residues, num_split, score_variants
     from hf_plm.judging.scores.variants import find_variants, read_table, read_wild_type, write_table
 
+    out = parsed.out or Path("variant_scores.csv")
+    _keep_inputs(parsed, out)
     protein, residues = read_wild_type(parsed.wild_type)
     table = read_table(parsed.variants)
     if table.find(SCORE) is not None:
@@ -90,7 +100,7 @@ def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
     _, variants = find_variants(table, residues, offset=parsed.offset or 0, mutant_column=parsed.mutant_column)
     column, is_fit = table.find("DMS_score"), table.find("DMS_score_bin")
     if column is not None:
-        require_judge()
+        require_judge("scipy", "sklearn")
         measured_V = table.numbers(column, may_lack=True)
         fit_V = None if is_fit is None else table.numbers(is_fit, may_lack=True)
     model = open_model()
@@ -114,13 +124,13 @@ def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
         "table": parsed.variants.name,
         "split": split,
     }
-    out = parsed.out or Path("scores.csv")
     rows = [[*row, score] for row, score in zip(table.rows, scores_V.round(6).tolist(), strict=True)]
     write_table(out, [*table.header, SCORE], rows, table.delimiter)
     print(f"Written to {out}")
     if column is not None:
         plain |= _agreement(parsed.model, scores_V, variants, measured_V, fit_V)
-    if path := home(parsed.model, "score", parsed.variants.name.split(".")[0]):
+    name = f"{parsed.variants.name.split('.')[0]}-{protein}-{parsed.method}"
+    if path := home(parsed.model, "score", name):
         write_findings(path, "score", [model.facts], plain)
         print(f"Kept in {path}")
 
@@ -147,8 +157,9 @@ def _score_benchmark(parsed: argparse.Namespace, open_model: Any) -> None:
     from hf_plm.judging.scores.agreement import METRICS
     from hf_plm.judging.scores.dms import find_assays, run_dms
 
+    out = parsed.out or Path("dms_scores")
+    _keep_inputs(parsed, out)
     assays, missing = find_assays(parsed.dms, parsed.reference)
-    out = parsed.out or Path("dms")
     found = run_dms(open_model(), parsed.model, parsed.dms.resolve().name, assays, missing, parsed.method, out)
     rows = [
         [row["assay"], row["variants"], *(row[metric] for metric in METRICS), row["blosum62_spearman"]]
@@ -172,21 +183,22 @@ def _scan(parsed: argparse.Namespace, open_model: Any) -> None:
     from hf_plm.judging import plots
     from hf_plm.judging.findings import home, write_findings
     from hf_plm.judging.scores.marginals import Progress
-    from hf_plm.judging.scores.scan import cost, heat_map, scan, write_scan
-    from hf_plm.judging.scores.variants import read_proteins
+    from hf_plm.judging.scores.scan import cost, heat_map, read_scannable, scan, write_scan
     from hf_plm.models.masked_lm import LETTERS
 
-    proteins = read_proteins(parsed.scan)
+    proteins = read_scannable(parsed.scan)
+    taken: set[str] = set()
+    names = [_file_name(name, taken) for name, _ in proteins]
     out = parsed.out or Path("scan.csv" if len(proteins) == 1 else "scan")
+    paths = [out] if len(proteins) == 1 else [out / f"{name}.csv" for name in names]
+    _keep_inputs(parsed, *paths, *(path.with_suffix(".png") for path in paths))
     if len(proteins) == 1 and out.suffix != ".csv":
         raise UserError(f"--out of a scan is a .csv file, beside which the .png is put, not {out}.")
     model = open_model()
     total = sum(cost(residues, parsed.method, model.limit) for _, residues in proteins)
-    taken: set[str] = set()
     with Progress(f"{len(proteins):,} protein{'s' * (len(proteins) > 1)}", total) as progress:
-        for name, residues in proteins:
+        for (name, residues), file_name, path in zip(proteins, names, paths, strict=True):
             scores_NA = scan(model, residues, parsed.method, progress.count)
-            path = out if len(proteins) == 1 else out / f"{_file_name(name, taken)}.csv"
             write_scan(path, residues, scores_NA)
             title = f"{name}, {parsed.method} marginals of {Path(parsed.model).name}"
             plots.save(heat_map(title, residues, scores_NA), path.with_suffix(".png"))
@@ -194,7 +206,7 @@ def _scan(parsed: argparse.Namespace, open_model: Any) -> None:
             progress.say(f"{path}: {19 * is_scanned_N.sum():,} substitutions of {name}, and {path.with_suffix('.png')}")
             if not is_scanned_N.all():
                 progress.say(f"Not scanned, since it is none of the 20: {(~is_scanned_N).sum():,} of {len(residues):,}")
-            if kept := home(parsed.model, "scan", name):
+            if kept := home(parsed.model, "scan", f"{file_name}-{parsed.method}"):
                 plain = {"protein": name, "residues": residues.decode(), "letters": LETTERS, "method": parsed.method}
                 write_findings(kept, "scan", [model.facts], {**plain, "scores_NA": scores_NA.round(4)})
 

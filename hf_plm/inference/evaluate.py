@@ -65,9 +65,12 @@ class Evaluation:
             "validation_recovery": float(self.is_correct_K.mean()),
         }
 
-    def margins(self, num_resamples: int = 1000, seed: int = 0) -> dict[str, list[float]]:
-        """How far the losses lie under their baselines: mean and 95% bootstrap interval over sequences, in nats."""
-        weights_RS = resamples(self.num_sequences, num_resamples, seed)
+    def margins(self, weights_RS: np.ndarray | None = None) -> dict[str, list[float]]:
+        """How far the losses lie under their baselines: mean and 95% bootstrap interval over sequences, in nats.
+
+        `weights_RS` are those of `resamples`, where they are at hand.
+        """
+        weights_RS = resamples(self.num_sequences) if weights_RS is None else weights_RS
         masked = self.is_masked_K
         everything = np.ones_like(masked)
         return {
@@ -78,22 +81,37 @@ class Evaluation:
         }
 
     def interval(self, values_K: np.ndarray, chosen_K: np.ndarray, weights_RS: np.ndarray) -> list[float]:
-        """The mean of the chosen values and its 95% bootstrap interval over sequences; NaN where none is chosen."""
+        """The mean of the chosen values and its 95% bootstrap interval over sequences.
+
+        NaN where none is chosen; the interval is NaN where all are of one sequence, which says nothing of others.
+        """
         if not chosen_K.any():
             return [float("nan")] * 3
         sequences_K = self.sequences_K[chosen_K]
         sums_S = np.bincount(sequences_K, values_K[chosen_K], minlength=self.num_sequences)
         counts_S = np.bincount(sequences_K, minlength=self.num_sequences)
-        counts_R = weights_RS @ counts_S.astype(np.float64)
-        means = (weights_RS @ sums_S)[counts_R > 0] / counts_R[counts_R > 0]
-        low, high = np.quantile(means, [0.025, 0.975])
-        return [float(sums_S.sum() / counts_S.sum()), float(low), float(high)]
+        mean = float(sums_S.sum() / counts_S.sum())
+        if np.count_nonzero(counts_S) < 2:
+            return [mean, float("nan"), float("nan")]
+        return [mean, *resampled_interval(sums_S, counts_S, weights_RS)]
 
 
 def resamples(num_sequences: int, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """fp64 (R, S): how often each sequence is drawn in each of the resamples of a bootstrap."""
-    draws = np.random.default_rng(seed).integers(num_sequences, size=(num_resamples, num_sequences))
-    return np.stack([np.bincount(row, minlength=num_sequences) for row in draws]).astype(np.float64)
+    """uint8 (R, S): how often each sequence is drawn in each of the resamples of a bootstrap."""
+    draw = np.random.default_rng(seed)
+    weights_RS = np.empty((num_resamples, num_sequences), dtype=np.uint8)
+    for row_S in weights_RS:
+        row_S[:] = np.bincount(draw.integers(num_sequences, size=num_sequences), minlength=num_sequences)
+    return weights_RS
+
+
+def resampled_interval(sums_S: np.ndarray, counts_S: np.ndarray, weights_RS: np.ndarray) -> list[float]:
+    """The 95% interval of sum over count: both summed over the sequences of each resample."""
+    both_S2 = np.stack([sums_S, counts_S], axis=1).astype(np.float64)
+    # A few rows at a time as floats: all of them, for a million sequences, would be 8 GB.
+    totals_R2 = np.concatenate([rows @ both_S2 for rows in np.array_split(weights_RS, max(1, len(weights_RS) // 50))])
+    sums_R, counts_R = totals_R2[totals_R2[:, 1] > 0].T
+    return [float(bound) for bound in np.quantile(sums_R / counts_R, [0.025, 0.975])]
 
 
 # What a micro-batch contributes: losses_K, is_correct_K, labels_K, inputs_K, sequences_K.

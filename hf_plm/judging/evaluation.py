@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hf_plm.config import Mask, UserError
-from hf_plm.inference.evaluate import Evaluation, resamples
+from hf_plm.inference.evaluate import Evaluation, resampled_interval, resamples
 from hf_plm.judging.protocol import Protein, Protocol, Sample
-from hf_plm.models.masked_lm import LETTER_INDEX, LETTERS, MaskedLM, Query
+from hf_plm.models.masked_lm import LETTER_INDEX, LETTERS, MaskedLM, Query, limit_of
 from hf_plm.proteins.vocabulary import TOKEN_TO_ID, TOKENS
 
 LENGTHS = (1, 100, 200, 300, 400, 600, 1000)
@@ -41,13 +41,15 @@ def evaluate_models(
     """
     facts, results, evaluations = [], [], []
     begin = progress or (lambda _, __: nullcontext(lambda _: None))
+    for name in names:  # before the first has taken its hour
+        limit = limit_of(name)
+        if limit < protocol.crop:
+            raise UserError(
+                f"{name} takes {limit:,} residues at once, fewer than the {protocol.crop:,} of the protocol; "
+                f"--crop {limit} evaluates all models on windows of that length."
+            )
     for name in names:
         model = open_model(name)
-        if model.limit < protocol.crop:
-            raise UserError(
-                f"{name} takes {model.limit:,} residues at once, fewer than the {protocol.crop:,} of the protocol; "
-                f"--crop {model.limit} evaluates all models on windows of that length."
-            )
         with begin(name, sample.proteins) as on_protein:
             evaluations.append(evaluate_sample(model, sample, on_protein))
         result = {"model": name, **summarise(evaluations[-1], sample)}
@@ -103,9 +105,8 @@ def pseudo_perplexity(
             counts[index] += 1
         on_protein(protein)
     answers.close()
-    weights_RS = resamples(len(proteins))
-    means_R = (weights_RS @ sums) / np.maximum(weights_RS @ counts, 1)
-    low, high = np.exp(np.quantile(means_R, [0.025, 0.975]))
+    few = np.count_nonzero(counts) < 2
+    low, high = [np.nan] * 2 if few else np.exp(resampled_interval(sums, counts, resamples(len(proteins))))
     own = np.exp(sums[counts > 0] / counts[counts > 0])
     return {
         "pseudo_perplexity": [float(np.exp(sums.sum() / counts.sum())), float(low), float(high)],
@@ -139,7 +140,7 @@ def summarise(found: Evaluation, sample: Sample) -> dict[str, Any]:
         return found.interval(values_K, chosen_K, weights_RS)
 
     loss = interval(found.losses_K, everything)
-    margins = found.margins()
+    margins = found.margins(weights_RS)
     overall = {
         "loss": loss,
         "perplexity": [float(value) for value in np.exp(loss)],

@@ -1,9 +1,11 @@
 """What was found out about a model, as JSON: written whole or not, told apart by kind, gathered by the report.
 
-Every file begins with the same fields: `kind` (evaluation, score, dms, contacts, probe, comparison), `format`,
+Every file begins with the same fields: `kind` (evaluation, score, scan, dms, contacts, probe, comparison), `format`,
 `hf_plm`, `made` (UTC) and `models` (for each its name, family, revision and precision).
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -31,13 +33,22 @@ def write_findings(path: Path, kind: str, models: list[dict[str, str]], plain: d
         "models": models,
     }
     text = json.dumps(_as_json({**head, **plain}), indent=1, allow_nan=False)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_whole(path, text.encode() + b"\n")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that is there whole or not at all. Raises `UserError` where it cannot be written."""
+    unfinished = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text + "\n", encoding="utf-8")
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
@@ -53,7 +64,7 @@ def read_findings(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(plain, dict) or not {"kind", "format", "models"} <= plain.keys():
         raise UserError(f"{path} holds no findings: hf-plm evaluate, score, contacts and probe write such files.")
-    if plain["format"] > FORMAT:
+    if not isinstance(plain["format"], int) or plain["format"] > FORMAT:
         raise UserError(f"{path} was written by hf_plm {plain.get('hf_plm')}, which is newer than this one; update it.")
     return plain
 
@@ -64,6 +75,8 @@ def home(model: str, kind: str, name: str) -> Path | None:
     if not (run / "hub" / "config.json").is_file():
         return None
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+    if len(safe) > 100:  # the names of many files together; a file system takes 255 bytes
+        safe = f"{safe[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return run / FOLDER / f"{kind}-{safe}.json"
 
 

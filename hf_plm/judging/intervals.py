@@ -107,7 +107,7 @@ def permutation_p_value(
     from scipy.stats import permutation_test
 
     names, inverse_R = np.unique(groups_R, return_inverse=True)
-    if len(names) < 2:
+    if len(names) < 2 or np.isnan(difference(np.zeros(len(groups_R), dtype=bool))):
         return float("nan")
 
     def statistic(first_G: np.ndarray, second_G: np.ndarray) -> float:
@@ -118,6 +118,7 @@ def permutation_p_value(
         statistic,
         permutation_type="samples",
         vectorized=False,
+        batch=20,  # without it all draws are in memory at once
         n_resamples=num_resamples or resamples(len(groups_R)),
         rng=np.random.default_rng(seed),
     )

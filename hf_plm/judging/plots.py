@@ -1,7 +1,6 @@
 """Pictures in one style: readable without colour vision, drawn without a display, written whole or not."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_plm.config import UserError
+from hf_plm.judging.findings import write_whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of Okabe and Ito (2008), told apart with any colour vision; lines differ in `STYLES` too."""
@@ -44,11 +43,4 @@ def png(made: Figure, dots_per_inch: int = 150) -> bytes:
 
 def save(made: Figure, path: Path, dots_per_inch: int = 150) -> None:
     """Write a PNG; raises `UserError` where that cannot be."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(png(made, dots_per_inch))
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    write_whole(path, png(made, dots_per_inch))

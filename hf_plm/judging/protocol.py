@@ -34,6 +34,8 @@ CROP = 1022
 """Residues: what ESM-2 takes at once."""
 SEQUENCES = 2000
 SEED = 0
+MOST_LISTED = 1000
+"""Rejected records that are named."""
 _LETTER_OF_ID = np.frombuffer("".join(token if len(token) == 1 else "?" for token in TOKENS).encode(), dtype=np.uint8)
 
 
@@ -109,39 +111,50 @@ def read_sample(
     the depth of its cluster. Raises `UserError` for what cannot be read and where too much is rejected.
     """
     cleaning = cleaning or Cleaning()
-    sources = find_sources([str(one) for one in data], split)
-    counts = {"read": 0, "rejected": 0, "repeated": 0}
+    sources = [source for source in find_sources([str(one) for one in data], split) if source.split == split]
+    if not sources:
+        raise UserError(f"{', '.join(map(str, data))} has no split {split!r}; --split names another.")
+    counts = {"read": 0, "rejected": 0, "repeated": 0, "j_to_x": 0, "illegal_to_x": 0, "gaps_stripped": 0}
+    notes = [f"{source.name}: {source.note}" for source in sources if source.note]
     rejected: list[list[str]] = []
     chosen: list[tuple[int, str, bytes, str | None]] = []  # a heap whose first has the largest key
-    seen: set[int] = set()
+    seen: set[int] = set()  # of those chosen
     num_members: Counter[str] = Counter()
     total = hashlib.sha256()
     for source in sources:
-        for number, raw in enumerate(read_records(source, cleaning.sequence_column, [], on_bytes), start=1):
+        own_notes: list[str] = []
+        for number, raw in enumerate(read_records(source, cleaning.sequence_column, own_notes, on_bytes), start=1):
             counts["read"] += 1
             try:
-                residues = clean(raw.sequence, cleaning.illegal, cleaning.gaps).residues
-                reason = "" if residues else "no residues"
+                cleaned = clean(raw.sequence, cleaning.illegal, cleaning.gaps)
+                reason = "" if cleaned.residues else "no residues"
             except IllegalResidueError as error:
-                residues, reason = b"", f"illegal character {error.character!r} at position {error.position}"
+                reason = f"illegal character {error.character!r} at position {error.position}"
             if reason:
                 counts["rejected"] += 1
-                rejected.append([source.name, str(number), raw.id, reason])
+                if len(rejected) < MOST_LISTED:
+                    rejected.append([source.name, str(number), raw.id, reason])
                 continue
+            counts["j_to_x"] += cleaned.num_j
+            counts["illegal_to_x"] += cleaned.num_illegal
+            counts["gaps_stripped"] += cleaned.num_gaps
+            if raw.cluster:
+                num_members[raw.cluster] += 1
+            residues = cleaned.residues
             key = int(keys_of(np.frombuffer(residues, dtype=np.uint8), np.array([0, len(residues)]))[0])
             if key in seen:
                 counts["repeated"] += 1
                 continue
-            seen.add(key)
-            if raw.cluster:
-                num_members[raw.cluster] += 1
             entry = (-key, raw.id, residues, raw.cluster)
-            if num_sequences and len(chosen) >= num_sequences:
-                heappushpop(chosen, entry)
-            else:
+            if not num_sequences or len(chosen) < num_sequences:
+                seen.add(key)
                 chosen.append(entry)
                 if len(chosen) == num_sequences:
                     heapify(chosen)
+            elif entry[0] > chosen[0][0]:
+                seen.add(key)
+                seen.remove(-heappushpop(chosen, entry)[0])
+        notes += [f"{source.name}: {note}" for note in own_notes]
     if counts["rejected"] > cleaning.max_rejected * counts["read"]:
         raise UserError(
             f"{counts['rejected']:,} of {counts['read']:,} records are rejected, more than "
@@ -166,7 +179,8 @@ def read_sample(
         "targets": sum(len(protein.targets) for protein in proteins),
         "cropped": sum(len(protein.residues) > protocol.crop for protein in proteins),
         "fingerprint": total.hexdigest()[:32],
-        "rejected_records": rejected[:1000],
+        "rejected_records": rejected,
+        "notes": notes,
     }
     return Sample(proteins, facts)
 

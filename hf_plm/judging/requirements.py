@@ -7,9 +7,9 @@ from hf_plm.config import UserError
 PACKAGES = ("sklearn", "scipy", "lightgbm")
 
 
-def require_judge() -> None:
-    """Raises `UserError` where one of the packages cannot be imported."""
-    for package in PACKAGES:
+def require_judge(*packages: str) -> None:
+    """Raises `UserError` where one of these packages (none named: of `PACKAGES`) cannot be imported."""
+    for package in packages or PACKAGES:
         try:
             importlib.import_module(package)
         except ImportError as error:

@@ -236,6 +236,13 @@ def open_stock_masked_lm(folder: Path, name: str) -> tuple[PreTrainedModel, Spel
 
     Raises `UserError` for a folder that cannot be opened, and for a model that has no head which predicts residues.
     """
+    config, spelling, mask_id, family = masked_lm_parts(folder, name)
+    model = _open_model(folder, config, AutoModelForMaskedLM)
+    return model, spelling, {"model": name, "family": family}, mask_id
+
+
+def masked_lm_parts(folder: Path, name: str) -> tuple[Any, Spelling, int, str]:
+    """All but the weights: configuration, spelling, the id of `<mask>`, family. Errors as above."""
     config = _open_config(folder)
     tokenizer = _open_tokenizer(folder, config)
     family = family_of(config, tokenizer)
@@ -244,8 +251,7 @@ def open_stock_masked_lm(folder: Path, name: str) -> tuple[PreTrainedModel, Spel
             f"{name} ({family.name}) is no masked language model: it has no <mask> and no head that predicts a "
             "residue, which this needs; hf-plm embed and probe take it."
         )
-    model = _open_model(folder, config, AutoModelForMaskedLM)
-    return model, spelling_of(family, tokenizer), {"model": name, "family": family.name}, int(tokenizer.mask_token_id)
+    return config, spelling_of(family, tokenizer), int(tokenizer.mask_token_id), family.name
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ import torch
 from transformers import EsmForMaskedLM, PreTrainedModel
 
 from hf_plm.config import UserError
-from hf_plm.models.encoder import DTYPES, lowered, open_stock_masked_lm, pick_device, pick_precision
+from hf_plm.models.encoder import DTYPES, lowered, masked_lm_parts, open_stock_masked_lm, pick_device, pick_precision
 from hf_plm.models.families import Spelling, longest
 from hf_plm.models.locate import locate, revision
 from hf_plm.models.packed import packed_hidden_states_at
@@ -34,6 +34,9 @@ LETTER_INDEX[list(LETTERS.encode())] = np.arange(len(LETTERS))
 """int64 (256,): the column of each byte, -1 of what is no standard residue."""
 GPU_TOKENS = 32768
 """Of a call."""
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+GPU_STEP = 64
+"""Tokens by which the rows of a padded batch may differ on a GPU."""
 AHEAD = 2
 """Calls that wait for each that runs."""
 
@@ -66,16 +69,12 @@ class MaskedLM:
         self._device, self._dtype = device or torch.device("cpu"), DTYPES[precision]
         columns = dict(zip(RESIDUES, spelling.ids, strict=True))
         self._columns = torch.tensor([columns[letter] for letter in LETTERS], device=self._device)
-        self._packs = (
-            isinstance(model, EsmForMaskedLM)
-            and model.config.position_embedding_type == "rotary"
-            and not model.config.attention_probs_dropout_prob
-        )
+        self._packs = packs(model)
         if self._packs:
             # The head stays fp32: what comes of it is compared in small differences.
             lowered(model.esm, self._dtype)
         elif self._dtype != torch.float32:
-            lowered(model, self._dtype)
+            lowered(model.base_model, self._dtype)
         self.model = model.to(self._device).eval()
         is_cpu = self._device.type == "cpu"
         self._threads_before = torch.get_num_threads()
@@ -171,10 +170,10 @@ class MaskedLM:
         return self.model.lm_head(hidden_PD.float())
 
     def _stock(self, ids: list[np.ndarray], places: list[np.ndarray]) -> torch.Tensor:
-        """The stock forward, over batches of one length on a CPU and one padded batch elsewhere."""
+        """The stock forward, over batches of one length on a CPU and of like length elsewhere."""
         groups: dict[int, list[int]] = {}
         for index, one in enumerate(ids):
-            groups.setdefault(len(one) if self._device.type == "cpu" else 0, []).append(index)
+            groups.setdefault(len(one) if self._device.type == "cpu" else len(one) // GPU_STEP, []).append(index)
         found: list[torch.Tensor] = [torch.empty(0)] * len(ids)
         for chosen in groups.values():
             length = max(len(ids[index]) for index in chosen)
@@ -198,12 +197,36 @@ class MaskedLM:
 def open_masked_lm(
     name: str | Path, *, precision: str = "auto", device: str = "auto", threads: int | None = None
 ) -> MaskedLM:
-    """The model of a folder, a finished run or a repository on the Hub. Precision `auto` is fp32, on GPUs bf16.
+    """The model of a folder, a finished run or a repository on the Hub. `auto` is fp32, on GPUs bf16 for ESM-2.
 
     Raises `UserError` for what cannot be opened, and for a model that has no masked-language-model head.
     """
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is a number from 1, not {threads}.")
     folder = locate(str(name))
     stock, spelling, facts, mask_id = open_stock_masked_lm(folder, str(name))
     facts["revision"] = revision(folder)
     where = pick_device(device)
+    if precision == "auto" and not packs(stock):
+        precision = "fp32"  # its head would round logits to steps of 1/16, and scores are small differences of them
     return MaskedLM(stock, spelling, mask_id, facts, pick_precision(precision, where), where, threads)
+
+
+def limit_of(name: str | Path) -> int:
+    """Residues that a model takes at once, told by its configuration and tokenizer, before its weights are opened.
+
+    Raises `UserError` as `open_masked_lm` does, but for what only the weights show.
+    """
+    config, spelling, _, _ = masked_lm_parts(locate(str(name)), str(name))
+    return longest(config, spelling)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model takes proteins end to end: ESM-2, and what has its layers."""
+    return (
+        isinstance(model, EsmForMaskedLM)
+        and model.config.position_embedding_type == "rotary"
+        and not model.config.attention_probs_dropout_prob
+    )

@@ -76,6 +76,8 @@ def span(values: Iterable[float], pad: float = 0.06, zero: bool = False, is_log:
         return (low / 1.3, high * 1.3) if finite else (0.1, 1.0)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
+    if zero and low == high == 0:
+        return 0.0, 1.0
     room = (high - low) * pad or abs(high) * pad or 1.0
     return (low if zero and low == 0 else low - room), (high if zero and high == 0 else high + room)
 

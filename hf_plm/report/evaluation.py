@@ -183,8 +183,8 @@ def _by_recovery(results: Sequence[dict[str, Any]]) -> Html:
 
 
 def _group_name(row: dict[str, Any]) -> str:
-    begin, end = row.get("from"), row.get("to")
-    return f"{begin:,}+" if end is None else f"{begin:,}" if begin == end else f"{begin:,}\u2013{end:,}"
+    begin, end = (number(row.get(name), ",.0f") for name in ("from", "to"))
+    return f"{begin}+" if row.get("to") is None else begin if begin == end else f"{begin}\u2013{end}"
 
 
 def _by_group(results: Sequence[dict[str, Any]], field: str, label: str) -> Html:

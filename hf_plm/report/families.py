@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hf_plm.config import UserError
 from hf_plm.data.heldout import hash_of
 from hf_plm.inference.embedder import Embedder
+from hf_plm.judging.intervals import bootstrap_interval
 from hf_plm.judging.scores.variants import read_table
 from hf_plm.models.masked_lm import LETTERS
 from hf_plm.proteins.fasta import IllegalResidueError, clean
@@ -148,20 +149,15 @@ def map_of(model: str, vectors_PD: np.ndarray, families: Sequence[str] | None) -
         places_P2,
         method,
         is_same_P,
-        mean_with_interval(is_same_P.astype(float)),
+        mean_with_interval(is_same_P.astype(float), families),
         float(silhouette_score(vectors_PD, names_P, metric="cosine")),
     )
 
 
-def mean_with_interval(values_P: np.ndarray) -> list[float]:
-    """Mean and 95% interval: percentile bootstrap over proteins, 1,000 resamples."""
-    from scipy.stats import bootstrap
-
-    mean = float(values_P.mean())
-    if len(values_P) < 2 or np.ptp(values_P) == 0:
-        return [mean, mean, mean]
-    found = bootstrap((values_P,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0))
-    return [mean, float(found.confidence_interval.low), float(found.confidence_interval.high)]
+def mean_with_interval(values_P: np.ndarray, families: Sequence[str]) -> list[float]:
+    """Mean and 95% interval over families, whose members are not independent: 1,000 resamples."""
+    found = bootstrap_interval(np.asarray(families), lambda rows: float(values_P[rows].mean()), 1000)
+    return [found.value, found.low, found.high]
 
 
 def by_chance(families: Sequence[str]) -> float:
@@ -226,9 +222,9 @@ def _neighbours(names: Sequence[str], maps: Sequence[Map], baseline: Map | None)
     for one, other, called in compared:
         if one.is_same_P is None or other.is_same_P is None:
             continue
-        difference = mean_with_interval(100 * (one.is_same_P.astype(float) - other.is_same_P))
+        difference = mean_with_interval(100 * (one.is_same_P.astype(float) - other.is_same_P), names)
         amount = f"{estimate(difference, '+.1f')} points"
         parts.append(paragraph(f"{short(one.model)} less {called}, on the same proteins: {amount}."))
-        if difference[1] <= 0 and called == "composition":
+        if not difference[1] > 0 and called == "composition":
             parts.append(notice(f"{short(one.model)} is not shown to know families better than composition does."))
     return join(parts)

@@ -142,7 +142,7 @@ def page(title: str, kicker: str, sections: Sequence[Section], footer: object) -
         element("section", element("h2", section.title, id=f"{section.id}-title"), section.body, id=section.id)
         for section in sections
     ]
-    style = files("hf_plm.inference").joinpath("report.css").read_text(encoding="utf-8")
+    style = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -7,7 +7,7 @@ the evaluation on held-out proteins, and the map of them. Nothing that fails the
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ from hf_plm.report import probes as probes_part
 from hf_plm.report import run as run_part
 from hf_plm.report import zero_shot as zero_shot_part
 from hf_plm.report.families import Labelled, Map, composition_map, embed_map, of_families, read_families
-from hf_plm.report.findings import Finding, listing, short, source_name
+from hf_plm.report.findings import Finding, dict_of, list_of, listing, short, source_name
 from hf_plm.report.page import Html, Section, element, facts, join, missing, page, paragraph
 from hf_plm.report.run import Run
 from hf_plm.training import run_folder
@@ -159,7 +159,7 @@ def _gather(subjects: Sequence[Subject], given: Sequence[Path]) -> tuple[list[Fi
 
 
 def _revisions(finding: Finding) -> set[str]:
-    return {one["revision"] for one in finding.rows("models") if one.get("revision")}
+    return {one["revision"] for one in finding.rows("models") if isinstance(one.get("revision"), str)}
 
 
 def _held_out(asked: Asked, subjects: Sequence[Subject]) -> tuple[str, ...]:
@@ -186,9 +186,13 @@ def _evaluated(
 ) -> list[Finding]:
     """An evaluation of all models on the same targets, where there is none yet; of a run it is kept."""
     wanted = {subject.revision for subject in ready}
-    for finding in findings:
-        if finding.kind == "evaluation" and wanted <= _revisions(finding):
-            return []
+    known = [
+        dict_of(finding.plain, "data")
+        for finding in findings
+        if finding.kind == "evaluation" and wanted <= _revisions(finding)
+    ]
+    if not asked.data and any("the train split" not in map(source_name, list_of(data, "sources")) for data in known):
+        return []
     opened: dict[str, MaskedLM] = {}
 
     def open_model(name: str) -> MaskedLM:
@@ -200,6 +204,8 @@ def _evaluated(
     names = [subject.model for subject in ready]
     protocol = Protocol(min([CROP, *(open_model(name).limit for name in names)]))
     sample = read_sample(list(data), protocol, asked.sequences, "validation")
+    if any(one.get("fingerprint") == sample.facts["fingerprint"] for one in known):
+        return []
     models, plain = evaluate_models(names, sample, protocol, open_model, 0, _bar)
     label = "+".join(Path(source).name for source in sample.facts["sources"])
     if len(ready) > 1:
@@ -272,20 +278,30 @@ def _sections(
     no_run = missing("This is no run of hf_plm, so that is not known.")
     if not any(subject.revision for subject in subjects):  # what measures a model cannot open one
         model = "EXPORTED_FOLDER"
-    bodies = [
-        ("summary", "Summary", _summary(subjects, findings)),
-        ("training", "Training", curves_part.curves(runs) if runs else no_run),
-        ("evaluation", "Evaluation", evaluation_part.evaluation(findings, model, why_not["evaluation"])),
-        ("variants", "Variants", zero_shot_part.variants(findings, model)),
-        ("contacts", "Contacts", zero_shot_part.contacts(findings, model)),
-        ("probes", "Probes", probes_part.probes(findings, model)),
-        ("families", "Families", families_part.section(families, maps, baseline, why_not["families"])),
-        ("recipe", "Recipe", run_part.recipe(runs) if runs else no_run),
-        ("data", "Data", run_part.data(runs) if runs else no_run),
-        ("machine", "Hardware and versions", run_part.machine(runs) if runs else no_run),
-        ("findings", "Sources of this report", listing(findings, unread)),
+    bodies: list[tuple[str, str, Callable[[], Html]]] = [
+        ("summary", "Summary", lambda: _summary(subjects, findings)),
+        ("training", "Training", lambda: curves_part.curves(runs) if runs else no_run),
+        ("evaluation", "Evaluation", lambda: evaluation_part.evaluation(findings, model, why_not["evaluation"])),
+        ("variants", "Variants", lambda: zero_shot_part.variants(findings, model)),
+        ("contacts", "Contacts", lambda: zero_shot_part.contacts(findings, model)),
+        ("probes", "Probes", lambda: probes_part.probes(findings, model)),
+        ("families", "Families", lambda: families_part.section(families, maps, baseline, why_not["families"])),
+        ("recipe", "Recipe", lambda: run_part.recipe(runs) if runs else no_run),
+        ("data", "Data", lambda: run_part.data(runs) if runs else no_run),
+        ("machine", "Hardware and versions", lambda: run_part.machine(runs) if runs else no_run),
+        ("findings", "Sources of this report", lambda: listing(findings, unread)),
     ]
-    return [Section(*one) for one in bodies]
+    return [Section(name, heading, _whole_or_why(heading, body)) for name, heading, body in bodies]
+
+
+def _whole_or_why(heading: str, body: Callable[[], Html]) -> Html:
+    """A section, or one sentence: what a damaged file of findings breaks is one section and not the page."""
+    try:
+        return body()
+    except Exception as error:  # of any kind, since such a file may hold anything
+        what = f"This section could not be made ({type(error).__name__}: {error})"
+        print(f"{heading}: {what}", file=sys.stderr)
+        return missing(f"{what}. A file that it reads may be damaged; all of them are named below.")
 
 
 def _summary(subjects: Sequence[Subject], findings: Sequence[Finding]) -> Html:

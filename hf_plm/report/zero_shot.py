@@ -261,14 +261,17 @@ def _precisions(finding: Finding, found: dict[str, Any]) -> Html:
 def _picture(finding: Finding) -> Html:
     """The map that `hf-plm contacts` has put beside its findings."""
     example = dict_of(finding.plain, "example")
-    path = finding.path.parent / Path(said(example, "picture", "")).name
+    if not example.get("picture"):
+        return Html("")
+    name = said(example, "id")
+    path = finding.path.parent / Path(str(example["picture"])).name
     try:
-        picture = path.read_bytes() if example.get("picture") else b""
+        picture = path.read_bytes()
     except OSError:
         picture = b""
     if not picture.startswith(b"\x89PNG") or len(picture) > LARGEST_PICTURE_BYTES:
-        return Html("")
-    name = said(example, "id")
+        why = f"is larger than {LARGEST_PICTURE_BYTES / 1e6:g} MB" if picture[:4] == b"\x89PNG" else "is no PNG there"
+        return paragraph(f"The contact map of {name} is not shown: {path.name} {why}.")
     alt = f"Contact map of {name}: predicted probability above the diagonal, contacts of the structure below it."
     caption = " In the middle of all proteins by its P@L: predicted above the diagonal, the structure below."
     return figure(join([element("b", f"{name}."), caption]), image(picture, alt))

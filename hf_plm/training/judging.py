@@ -5,6 +5,7 @@ exported, and no number of the training changes. The functions are those of the 
 them take seconds to a minute for a small model, which `--evaluate.every` should be chosen for.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import EsmForMaskedLM
 
 from hf_plm.config import Recipe, UserError
+from hf_plm.inference.worklist import Cleaning
 from hf_plm.models.encoder import TorchEncoder
 from hf_plm.models.families import Spelling, longest
 from hf_plm.models.masked_lm import MaskedLM
@@ -46,14 +48,18 @@ def check_tasks(recipe: Recipe) -> None:
 
 
 class Judge:
-    """What the main process evaluates on. `read` is called once, before the first step."""
+    """What the main process evaluates on. `read` is called once, before the first step; `lines` say what was read."""
 
     def __init__(self, recipe: Recipe):
         self._knobs = recipe.evaluate
-        self._tasks: list[Any] = []
+        self._cleaning = Cleaning(
+            recipe.data.illegal, recipe.data.gaps, recipe.data.max_rejected, recipe.data.sequence_column
+        )
+        self._tasks: list[Callable[[EsmForMaskedLM, torch.device], dict[str, float]]] = []
+        self.lines: list[str] = []
 
-    def read(self) -> None:
-        """Raises `UserError` for what cannot be read, while nothing has been trained yet."""
+    def read(self, limit: int) -> None:
+        """`limit`: residues that the model takes. Raises `UserError` for what does not fit, before the first step."""
         knobs = self._knobs
         if knobs.every is None:
             return
@@ -62,37 +68,64 @@ class Judge:
 
             require_judge()
         if knobs.data:
-            self._tasks.append(partial(_protocol, self._sample()))
+            self._read_data()
         if knobs.dms:
-            from hf_plm.judging.scores.dms import find_assays
-
-            assays, _ = find_assays(Path(knobs.dms))
-            self._tasks.append(partial(_dms, assays[:MOST_ASSAYS], knobs.sample))
+            self._read_dms(Path(knobs.dms))
         if knobs.contacts:
-            from hf_plm.judging.contacts.structures import read_structures
-
-            self._tasks.append(partial(_contacts, read_structures(Path(knobs.contacts))))
+            self._read_contacts(Path(knobs.contacts), limit)
+        names: set[str] = set()
         for path in knobs.probe:
-            from hf_plm.judging.probes.probe import prepare_quick
-            from hf_plm.judging.probes.task import read_task
+            self._read_probe(path, names)
 
-            self._tasks.append(partial(_probe, prepare_quick(read_task(path), knobs.sample)))
-
-    def _sample(self) -> Any:
+    def _read_data(self) -> None:
         from hf_plm.judging.protocol import Protocol, read_sample
 
-        return read_sample(self._knobs.data, Protocol(), self._knobs.sample)
+        sample = read_sample(self._knobs.data, Protocol(), self._knobs.sample, cleaning=self._cleaning)
+        self._tasks.append(partial(_protocol, sample))
+        rejected = f" ({sample.facts['rejected']:,} records rejected)" if sample.facts["rejected"] else ""
+        self.lines.append(f"{sample.facts['proteins']:,} of {sample.facts['read']:,} held-out proteins{rejected}")
+
+    def _read_dms(self, folder: Path) -> None:
+        from hf_plm.judging.scores.dms import find_assays, read_quick
+
+        assays, _ = find_assays(folder)
+        drawn = read_quick(assays[:MOST_ASSAYS], self._knobs.sample)
+        self._tasks.append(partial(_dms, drawn))
+        self.lines.append(f"{self._knobs.sample:,} variants of each of {len(drawn)} of {len(assays)} assays")
+
+    def _read_contacts(self, path: Path, limit: int) -> None:
+        from hf_plm.judging.contacts.fit import read_quick
+        from hf_plm.judging.contacts.structures import read_structures
+
+        structures = read_structures(path)
+        fitted, tested = read_quick(structures, FIT_PROTEINS, TEST_PROTEINS, 0, limit)
+        self._tasks.append(partial(_contacts, fitted, tested))
+        self.lines.append(
+            f"contacts of {len(tested)} of {len(structures):,} structures (fitted on {len(fitted)} others)"
+        )
+
+    def _read_probe(self, path: str, names: set[str]) -> None:
+        from hf_plm.judging.probes.probe import prepare_quick
+        from hf_plm.judging.probes.task import read_task
+
+        task = read_task(path)
+        if task.name in names:
+            raise UserError(
+                f"--evaluate.probe names two tasks {task.name}, whose numbers would have one name; rename one."
+            )
+        names.add(task.name)
+        self._tasks.append(partial(_probe, prepare_quick(task, self._knobs.sample)))
+        self.lines.append(f"{task.name} on at most {self._knobs.sample:,} of {len(task.ids):,} proteins")
 
     def numbers(self, stock: EsmForMaskedLM, device: torch.device) -> tuple[dict[str, float], list[str]]:
         """By name, as they stand in the metrics, and what went wrong: a task that fails is no reason to stop a run."""
-        stock = stock.to(device).eval()
         found: dict[str, float] = {}
         complaints = []
         for task in self._tasks:
             try:
-                found |= task(stock, device)
-            except UserError as error:
-                complaints.append(str(error))
+                found |= task(stock.to(device).eval(), device)
+            except (UserError, ValueError, RuntimeError) as error:  # a GPU without room for another model, too
+                complaints.append((str(error).strip().splitlines() or [type(error).__name__])[0])
         return found, complaints
 
 
@@ -122,16 +155,16 @@ def _protocol(sample: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[
     return {f"evaluate_{name.removeprefix('validation_')}": value for name, value in numbers.items()}
 
 
-def _dms(assays: Any, size: int, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
+def _dms(drawn: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
     from hf_plm.judging.scores.dms import quick_dms
 
-    return quick_dms(_masked_lm(stock, device), assays, size)
+    return quick_dms(_masked_lm(stock, device), drawn)
 
 
-def _contacts(structures: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
+def _contacts(fitted: Any, tested: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:
     from hf_plm.judging.contacts.fit import quick_contacts
 
-    return quick_contacts(stock, SPELLING, structures, FIT_PROTEINS, TEST_PROTEINS)
+    return quick_contacts(stock, SPELLING, fitted, tested)
 
 
 def _probe(prepared: Any, stock: EsmForMaskedLM, device: torch.device) -> dict[str, float]:

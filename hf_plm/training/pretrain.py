@@ -22,6 +22,7 @@ from hf_plm.data.pack import Packing, Windows
 from hf_plm.data.simulate import is_simulated
 from hf_plm.inference.evaluate import Evaluation, evaluation, predict
 from hf_plm.models.attention import attention_route
+from hf_plm.models.families import longest
 from hf_plm.models.hub import load_hub_folder
 from hf_plm.models.objective import PackedMaskedLM, Shape
 from hf_plm.models.presets import build_model, esm_config, num_parameters
@@ -31,7 +32,7 @@ from hf_plm.training.checkpoint import Progress, Saver, newest_whole, restore, s
 from hf_plm.training.engine import configure, gather_stock, reshard, set_up
 from hf_plm.training.finish import finish, summary_lines
 from hf_plm.training.guard import check_before_start, check_launch
-from hf_plm.training.judging import Judge, check_tasks
+from hf_plm.training.judging import SPELLING, Judge, check_tasks
 from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
 from hf_plm.training.pushes import BackgroundPushes, push_finished
@@ -189,11 +190,13 @@ def _run(
         if recipe.hub.push and accelerator.is_main_process:
             pushes = held.enter_context(closing(BackgroundPushes(recipe.hub, folder, progress.step, meter.say)))
         judge = Judge(recipe)
-        on_main(accelerator, judge.read)
+        on_main(accelerator, lambda: judge.read(longest(model.config, SPELLING)))
         parts = Parts(
             recipe, accelerator, wrapped, model, optimizer, steps, validate, request, saver, record, pushes, judge
         )
         _announce(parts, facts, meter, train, held_out)
+        if judge.lines:
+            meter.say(f"every {recipe.evaluate.every:,} steps: {'; '.join(judge.lines)}")
         returns: Counter[int] = Counter()
         while True:
             try:

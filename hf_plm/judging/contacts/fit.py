@@ -11,7 +11,7 @@ Dimensions: C attention maps of all layers, P pairs.
 import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmForMaskedLM
 
 from hf_plm.config import UserError
-from hf_plm.judging.contacts.precision import resolved_pairs, scored
+from hf_plm.judging.contacts.precision import RANGES, resolved_pairs, scored
 from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, counted
 from hf_plm.judging.contacts.structures import Structure
 from hf_plm.models.card import CURVES
@@ -56,21 +56,24 @@ def split(
     """`num_fit` structures to fit on, and the others, without those that share a sequence or an id with one of them.
 
     Which they are depends on the seed and the sequences alone, not on their order. Proteins above `limit` residues,
-    without a contact or seen before are not fitted on. Raises `UserError` where there are too few.
+    without a contact of resolved residues or seen before are not fitted on. Raises `UserError` where there are too few.
     """
-    order = sorted(structures, key=lambda one: hashlib.sha256(f"{seed} {one.sha256} {one.id}".encode()).digest())
     chosen: list[Structure] = []
-    for one in order:
-        separations_P = one.pairs_P2[:, 1] - one.pairs_P2[:, 0]
-        is_useful = len(one.residues) <= limit and (separations_P >= LEAST_SEPARATION).any()
+    for one in _in_hash_order(structures, seed):
+        is_far_P = one.pairs_P2[:, 1] - one.pairs_P2[:, 0] >= LEAST_SEPARATION
+        is_useful = len(one.residues) <= limit and one.is_resolved_N[one.pairs_P2[is_far_P]].all(axis=1).any()
         if len(chosen) < num_fit and is_useful and not shared([one], chosen):
             chosen.append(one)
     if len(chosen) < num_fit:
         raise UserError(
             f"{num_fit} proteins to fit on were asked for, but there are {len(chosen)} different ones of at most "
-            f"{limit:,} residues that have contacts; give more structures, or a smaller --proteins."
+            f"{limit:,} residues that have contacts of residues with coordinates; give more structures."
         )
     return chosen, [one for one in structures if not shared([one], chosen)]
+
+
+def _in_hash_order(structures: Iterable[Structure], seed: int) -> list[Structure]:
+    return sorted(structures, key=lambda one: hashlib.sha256(f"{seed} {one.sha256} {one.id}".encode()).digest())
 
 
 def shared(some: Sequence[Structure], others: Sequence[Structure]) -> list[Structure]:
@@ -89,13 +92,22 @@ def check_apart(fitted: Sequence[Structure], tested: Sequence[Structure]) -> Non
 
 
 def fit_regression(predictor: ContactPredictor, structures: list[Structure]) -> Regression:
-    """The contact head for a model, from these structures; the model itself is left as it is."""
+    """The contact head for a model, from these structures; the model itself is left as it is.
+
+    Raises `UserError` where all pairs are contacts, or none.
+    """
     features, contacts = [], []
     for structure in counted(structures, len(structures), "fitting contacts"):
         pairs_P2 = resolved_pairs(structure)
         features.append(predictor.features(structure.residues, pairs_P2))
         contacts.append(structure.contacts_NN()[pairs_P2[:, 0], pairs_P2[:, 1]])
-    weights_C, bias = logistic_l1(np.concatenate(features), np.concatenate(contacts))
+    is_contact_P = np.concatenate(contacts)
+    if is_contact_P.all() or not is_contact_P.any():
+        raise UserError(
+            f"{'All' if len(is_contact_P) and is_contact_P.all() else 'None'} of the {len(is_contact_P):,} pairs of "
+            f"residues with coordinates in {len(structures)} proteins touch, so there is nothing to fit; give others."
+        )
+    weights_C, bias = logistic_l1(np.concatenate(features), is_contact_P)
     return Regression(weights_C, bias, structures, sum(map(len, contacts)))
 
 
@@ -112,23 +124,38 @@ def logistic_l1(features_PC: np.ndarray, is_contact_P: np.ndarray) -> tuple[np.n
     return regression.coef_[0], float(regression.intercept_[0])
 
 
+def read_quick(
+    structures: Sequence[Structure], num_fit: int, num_test: int, seed: int, limit: int
+) -> tuple[list[Structure], list[Structure]]:
+    """For `quick_contacts`: short proteins to fit on, and at most `num_test` others, none of them on both sides.
+
+    All can have a long-range contact. `limit`: residues that the model takes. Raises `UserError` where there are too
+    few to fit on, or none is left.
+    """
+    short = [one for one in structures if len(one.residues) <= LONGEST_OF_QUICK and _is_long_enough(one)]
+    fitted, others = split(short, num_fit, seed, limit)
+    if not others:
+        raise UserError(
+            f"The {len(short)} structures of at most {LONGEST_OF_QUICK} residues are needed to fit contacts on, and none "
+            "is left to judge them by; give more."
+        )
+    return fitted, _in_hash_order(others, seed)[:num_test]
+
+
+def _is_long_enough(structure: Structure) -> bool:
+    resolved = np.flatnonzero(structure.is_resolved_N)
+    return len(resolved) > 0 and bool(resolved[-1] - resolved[0] >= RANGES["long"][0])
+
+
 def quick_contacts(
-    stock_model: EsmForMaskedLM,
-    spelling: Spelling,
-    structures: Sequence[Structure],
-    num_fit: int = 8,
-    num_test: int = 16,
-    seed: int = 0,
+    stock_model: EsmForMaskedLM, spelling: Spelling, fitted: list[Structure], tested: Sequence[Structure]
 ) -> dict[str, float]:
     """What a training may ask now and then: fit on a few short proteins, precision on others, long range.
 
     `contacts_long` is P@L, `contacts_long_chance` and `contacts_long_nearest` its baselines: means over proteins. The
-    model stays as it is, its head too. Raises `UserError` where there are too few proteins.
+    model stays as it is, its head too. `read_quick` makes the two sides.
     """
     predictor = ContactPredictor(stock_model, spelling, {"model": "the model"})
-    short = [one for one in structures if 24 < len(one.residues) <= LONGEST_OF_QUICK]
-    fitted, others = split(short, num_fit, seed, predictor.limit)
-    tested, _ = split(others, num_test, seed, predictor.limit)
     regression = fit_regression(predictor, fitted)
     rows = []
     for structure in tested:
@@ -160,8 +187,10 @@ def store(predictor: ContactPredictor, regression: Regression, name: str, out: P
 def _verify(predictor: ContactPredictor, residues: bytes, folder: Path) -> None:
     with quiet_loading():
         stored = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
+    stored.to(predictor.model.device).eval()  # another device rounds otherwise
     tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(residues.decode(), return_tensors="pt")
-    found_NN = stored.eval().predict_contacts(tokens["input_ids"], tokens["attention_mask"])[0].numpy()
+    tokens = tokens.to(stored.device)
+    found_NN = stored.predict_contacts(tokens["input_ids"], tokens["attention_mask"])[0].cpu().numpy()
     difference = float(np.abs(found_NN - predictor.probabilities(residues)).max())
     if not difference <= STORED_TOLERANCE:
         raise RuntimeError(f"{folder} was not written: its contacts in plain transformers are off by {difference:.1e}.")

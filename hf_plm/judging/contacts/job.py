@@ -18,7 +18,7 @@ from hf_plm.judging.contacts.fit import (
 )
 from hf_plm.judging.contacts.maps import FORMATS, contact_figure, dots_per_inch, read_proteins, write_contacts
 from hf_plm.judging.contacts.precision import as_table, evaluate_contacts, means, verdict, with_interval
-from hf_plm.judging.contacts.predictor import ContactPredictor, open_contact_predictor
+from hf_plm.judging.contacts.predictor import ContactPredictor, check_lengths, open_contact_predictor
 from hf_plm.judging.contacts.structures import Structure, read_structures
 from hf_plm.judging.findings import home, write_findings
 from hf_plm.judging.plots import save
@@ -58,13 +58,13 @@ def predict_contacts(
 
 def fit_contacts(job: Judged) -> Path:
     """Fits the head on some of `job.fit`, stores it in a new folder, judges it on the others or on `job.evaluate`."""
-    require_judge()
+    require_judge("scipy", "sklearn")
     assert job.fit is not None
     out = _place(job)
     if job.num_proteins < 1:
         raise UserError(f"--proteins is a number from 1, not {job.num_proteins}.")
-    structures = read_structures(job.fit, job.sets)
-    given = read_structures(job.evaluate) if job.evaluate else None
+    structures = _read(job.fit, job.sets)
+    given = _read(job.evaluate, job.sets) if job.evaluate else None
     predictor = open_contact_predictor(job.model, job.device)
     fitted, others = split(structures, job.num_proteins, job.seed, predictor.limit)
     kept = {id(one) for one in fitted + others}
@@ -95,9 +95,7 @@ def fit_contacts(job: Judged) -> Path:
     }
     if tested:
         name = (job.evaluate or job.fit).name
-        path = home(job.model, "contacts", _stem(name, () if given else job.sets)) or out.with_name(
-            f"{out.name}-contacts.json"
-        )
+        path = home(job.model, "contacts", _stem(name, job.sets)) or out.with_name(f"{out.name}-contacts.json")
         _judge(predictor, tested, name, path, {"fit": how, "left_out": alike})
     else:
         print("No protein is left to judge it by: give more structures, or --evaluate OTHERS.")
@@ -106,11 +104,11 @@ def fit_contacts(job: Judged) -> Path:
 
 def judge_contacts(job: Judged) -> Path | None:
     """Judges a model's contact head by `job.evaluate`, without the proteins that its card says it was fitted on."""
-    require_judge()
+    require_judge("scipy", "sklearn")
     assert job.evaluate is not None
     if job.out and job.out.suffix != ".json":
         raise UserError(f"--out names a file that ends in .json for what --evaluate finds, not {job.out}.")
-    structures = read_structures(job.evaluate, job.sets)
+    structures = _read(job.evaluate, job.sets)
     predictor = open_contact_predictor(job.model, job.device)
     predictor.require_fitted()
     seen = fitted_on(card_of(job.model))
@@ -126,6 +124,12 @@ def judge_contacts(job: Judged) -> Path | None:
     left_out = [one.id for one in structures if one.sha256 in seen]
     _judge(predictor, tested, job.evaluate.name, path, {"fit": None, "left_out": left_out})
     return path
+
+
+def _read(path: Path, sets: tuple[str, ...]) -> list[Structure]:
+    structures = read_structures(path, sets)
+    check_lengths((f"{path}, {one.id},", len(one.residues)) for one in structures)
+    return structures
 
 
 def _judge(

@@ -4,7 +4,6 @@ Dimensions: N residues, P pairs.
 """
 
 import io
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_plm.config import UserError
-from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, counted, far_pairs, windows
+from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, check_lengths, counted, windows
 from hf_plm.judging.contacts.structures import Structure, holds_structures, read_structures
-from hf_plm.judging.plots import COLOURS, figure, png
+from hf_plm.judging.findings import write_whole
+from hf_plm.judging.plots import COLOURS, figure, save
 from hf_plm.proteins.fasta import FastaReader, IllegalResidueError, clean
 
 FORMATS = ("csv", "npz")
@@ -41,7 +41,9 @@ class Protein:
 def read_proteins(path: Path) -> list[Protein]:
     """Of a FASTA file, or of structures, with what they show. Raises `UserError` for bad records, naming them."""
     if holds_structures(path):
-        return [Protein(one.id, one.residues, one) for one in read_structures(path)]
+        structures = read_structures(path)
+        check_lengths((f"{path}, {one.id},", len(one.residues)) for one in structures)
+        return [Protein(one.id, one.residues, one) for one in structures]
     proteins = []
     reader = FastaReader(path)
     for number, record in enumerate(reader, start=1):
@@ -52,6 +54,9 @@ def read_proteins(path: Path) -> list[Protein]:
         if not residues:
             raise UserError(f"{path}, record {number} ({record.id}), has no residues.")
         proteins.append(Protein(record.id, residues))
+    check_lengths(
+        (f"{path}, record {number} ({one.id}),", len(one.residues)) for number, one in enumerate(proteins, start=1)
+    )
     for note in reader.notes:
         print(f"{path}: {note}")
     return proteins
@@ -63,10 +68,17 @@ def write_contacts(
     """A table or matrix and a picture of each protein into the new folder `out`; what is to be said of them.
 
     csv: i, j (1-based, j - i >= 6), probability; npz: probability (N, N), NaN where it was not predicted, and sequence.
-    proteins.csv lists id, residues, files, windows, and pairs not predicted. Each file is written whole or not.
+    proteins.csv, written last, lists id, residues, files, windows, and pairs not predicted. Each file is written whole
+    or not. Raises `UserError` for a folder that is there, and above `LONGEST` residues.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name another folder with --out, or move it away.")
+        is_cut = out.is_dir() and not (out / INDEX).is_file()
+        what = (
+            f"is there, without {INDEX}: what wrote it was stopped, or it is another's"
+            if is_cut
+            else "is there already"
+        )
+        raise UserError(f"{out} {what}; name another folder with --out, or move it away.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,19 +89,19 @@ def write_contacts(
     for protein, name in zip(counted(proteins, len(proteins), "predicting contacts"), names, strict=True):
         length = len(protein.residues)
         map_NN = predictor.probabilities(protein.residues)
-        pairs_P2 = far_pairs(length)
-        missing = int(np.isnan(map_NN[pairs_P2[:, 0], pairs_P2[:, 1]]).sum())
-        content = _csv(map_NN, pairs_P2) if kind == "csv" else _npz(map_NN, protein.residues)
-        _write(out / f"{name}.{kind}", content)
-        picture = f"{name}.png" if has_pictures and len(pairs_P2) else ""
+        num_pairs = max(0, length - LEAST_SEPARATION) * (length - LEAST_SEPARATION + 1) // 2
+        num_predicted = sum(np.isfinite(row_N[i + LEAST_SEPARATION :]).sum() for i, row_N in enumerate(map_NN))
+        write_whole(out / f"{name}.{kind}", _csv(map_NN) if kind == "csv" else _npz(map_NN, protein.residues))
+        picture = f"{name}.png" if has_pictures and num_pairs else ""
         if picture:
-            _write(out / picture, png(contact_figure(protein.id, map_NN, protein.structure), dots_per_inch(length)))
+            save(contact_figure(protein.id, map_NN, protein.structure), out / picture, dots_per_inch(length))
         num_windows = len(windows(length, predictor.limit))
         num_long += num_windows > 1
-        num_short += not len(pairs_P2)
+        num_short += not num_pairs
         quoted = '"' + protein.id.replace('"', '""') + '"'
-        lines.append(f"{quoted},{length},{name}.{kind},{picture},{num_windows},{len(pairs_P2) - missing},{missing}")
-    _write(out / INDEX, ("\n".join(lines) + "\n").encode())
+        counts = f"{num_windows},{num_predicted},{num_pairs - num_predicted}"
+        lines.append(f"{quoted},{length},{name}.{kind},{picture},{counts}")
+    write_whole(out / INDEX, ("\n".join(lines) + "\n").encode())
     notes = [f"Contacts of {len(proteins):,} protein{'s' * (len(proteins) != 1)} are in {out}, listed in {INDEX}."]
     if num_long:
         notes.append(
@@ -110,10 +122,9 @@ def contact_figure(title: str, map_NN: np.ndarray, structure: Structure | None =
     """Probability above the diagonal and, below it, the contacts of the structure where one is known."""
     length = len(map_NN)
     made, (axes,) = figure(5.6, 5.2 if structure else 4.9)
-    row_NN, column_NN = np.indices((length, length))
-    shown_NN = np.where(np.abs(row_NN - column_NN) >= LEAST_SEPARATION, map_NN, np.nan)
-    if structure is not None:
-        shown_NN[row_NN > column_NN] = np.nan
+    is_below_NN = np.tri(length, k=-LEAST_SEPARATION, dtype=bool)
+    is_shown_NN = is_below_NN.T if structure is not None else is_below_NN | is_below_NN.T
+    shown_NN = np.where(is_shown_NN, map_NN, np.nan)
     # A weak model gives 0.05 at most: the scale follows it down, but not so far that noise looks like contacts.
     top = max(FAINTEST_TOP, float(np.nanmax(shown_NN, initial=0.0)))
     colours = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CCBE8", BLUE, "#00243B"])
@@ -121,8 +132,8 @@ def contact_figure(title: str, map_NN: np.ndarray, structure: Structure | None =
     image = axes.imshow(shown_NN, cmap=colours.with_extremes(bad=NOT_PREDICTED), vmin=0, vmax=top, **place)
     handles = [Patch(color=NOT_PREDICTED, label="not predicted")]
     if structure is not None:
-        below_NN = (row_NN - column_NN >= LEAST_SEPARATION) & np.logical_and.outer(*[structure.is_resolved_N] * 2)
-        truth_NN = np.where(below_NN, structure.contacts_NN().astype(float), np.nan)
+        below_NN = is_below_NN & np.logical_and.outer(*[structure.is_resolved_N] * 2)
+        truth_NN = np.where(below_NN, structure.contacts_NN().astype(np.float32), np.nan)
         orange = LinearSegmentedColormap.from_list("contacts", ["#FFFFFF", ORANGE])
         axes.imshow(truth_NN, cmap=orange.with_extremes(bad=(0, 0, 0, 0)), vmin=0, vmax=1, **place)
         label = f"structure ({structure.atom.removesuffix('(virtual)')} < {structure.cutoff:g} \u00c5)"
@@ -155,25 +166,18 @@ def _file_names(ids: list[str]) -> Iterator[str]:
         yield name
 
 
-def _csv(map_NN: np.ndarray, pairs_P2: np.ndarray) -> bytes:
-    values_P = map_NN[pairs_P2[:, 0], pairs_P2[:, 1]]
-    known = np.isfinite(values_P)
-    rows = zip((pairs_P2[known] + 1).tolist(), values_P[known].tolist(), strict=True)
-    return ("i,j,probability\n" + "".join(f"{i},{j},{value:.6g}\n" for (i, j), value in rows)).encode()
+def _csv(map_NN: np.ndarray) -> bytes:
+    with io.BytesIO() as text:
+        text.write(b"i,j,probability\n")
+        for i, row_N in enumerate(map_NN):  # row by row: of all pairs at once Python's numbers take gigabytes
+            near = i + LEAST_SEPARATION
+            known = near + np.flatnonzero(np.isfinite(row_N[near:]))
+            rows = zip((known + 1).tolist(), row_N[known].tolist(), strict=True)
+            text.write("".join(f"{i + 1},{j},{value:.6g}\n" for j, value in rows).encode())
+        return text.getvalue()
 
 
 def _npz(map_NN: np.ndarray, residues: bytes) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, probability=map_NN, sequence=np.array(residues.decode()))
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -28,6 +28,8 @@ LEAST_SEPARATION = 6
 """Of two residues along the chain; nearer ones touch anyway. Source: Rao et al. 2021."""
 FIRST_SECONDS, SAY_SECONDS = 10.0, 60.0
 """Before the first line of progress, and between two, where there is no terminal for a bar."""
+LONGEST = 5000
+"""Residues: what grows with their square takes 2 GB then, the picture above all."""
 T = TypeVar("T")
 
 
@@ -72,9 +74,10 @@ class ContactPredictor:
         """fp32 (N, N), symmetric to rounding: of contact, as `predict_contacts` gives them.
 
         A protein above the model's limit is taken in windows of the limit that overlap by half or more. Pairs that
-        several windows see get their mean; pairs that none sees are NaN.
+        several windows see get their mean; pairs that none sees are NaN. Raises `UserError` above `LONGEST`.
         """
         length = len(residues)
+        check_lengths([(f"The protein that begins {residues[:20].decode()}", length)])
         if length <= self.limit:
             return self._window(residues)
         sums_NN = np.zeros((length, length), dtype=np.float32)
@@ -151,6 +154,17 @@ def open_contact_predictor(name: str, device: str = "auto") -> ContactPredictor:
             "and what hf-plm pretrains have one."
         )
     return ContactPredictor(model.eval(), spelling, {**facts, "revision": revision(folder)}, pick_device(device))
+
+
+def check_lengths(lengths: Iterable[tuple[str, int]]) -> None:
+    """Raises `UserError` where one of the named proteins is too long for a map of all its pairs."""
+    long = [(name, length) for name, length in lengths if length > LONGEST]
+    if long:
+        others = f", and so have {len(long) - 1:,} others" if len(long) > 1 else ""
+        raise UserError(
+            f"{long[0][0]} has {long[0][1]:,} residues{others}; contacts are predicted of at most {LONGEST:,}, since the "
+            "map of more does not fit the memory: take them out, or cut them into domains."
+        )
 
 
 def windows(length: int, limit: int) -> list[tuple[int, int]]:

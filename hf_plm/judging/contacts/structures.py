@@ -151,7 +151,7 @@ def _read_coordinates(path: Path, set_: str) -> list[Structure]:
 
     from hf_plm.judging.requirements import require_judge
 
-    require_judge()
+    require_judge("scipy")
     name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
     is_cif = _suffix(path) in (".cif", ".mmcif")
     try:

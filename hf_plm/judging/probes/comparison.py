@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from hf_plm.config import UserError
 from hf_plm.judging.findings import home, write_findings
 from hf_plm.judging.intervals import permutation_p_value
 from hf_plm.judging.probes.features import embedded
@@ -34,6 +33,7 @@ from hf_plm.judging.probes.probing import (
     plain_result,
     sizes,
     tell,
+    tell_notes,
     text_table,
     write_csv,
     write_leaks,
@@ -52,6 +52,7 @@ def compare(first: Model, second: Model, task: Task, options: Options, out: Path
     prepared = prepare_task(task, options)
     names = wanted(options, prepared)
     tell(prepared)
+    told = len(prepared.notes)
     labels = short_names(first.name, second.name)
     found, facts = {}, []
     for model, label in zip((first, second), labels, strict=True):
@@ -60,12 +61,13 @@ def compare(first: Model, second: Model, task: Task, options: Options, out: Path
         X_RD = embedded(encoder.encoder, prepared.task, options.features, label)
         found[label] = predictions(prepared, X_RD, names, label)
         del encoder, X_RD
-    beside = baselines(prepared)
+    # By both models' validation, so that neither picks the predictor that suits it.
+    best = max(names, key=lambda name: sum(found[label][name].validation for label in labels))
+    beside = baselines(prepared, best, options.features)
+    tell_notes(prepared, told)
     letters = next(name for name in beside if name != PRIOR)
     scores = {f"{label} {name}": found[label][name].scores_RC for name in names for label in labels}
     tables = measured(prepared, {**scores, **beside})
-    # By both models' validation, so that neither picks the predictor that suits it.
-    best = max(names, key=lambda name: sum(found[label][name].validation for label in labels))
     plain: dict[str, Any] = {
         **described(prepared, options),
         "labels": list(labels),
@@ -89,9 +91,6 @@ def compare(first: Model, second: Model, task: Task, options: Options, out: Path
         plain["results"] += [plain_result(test, name, table[name], True) for name in beside]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        drawn = {f"{label}": found[label][best].scores_RC for label in labels}
-        for test in tables:
-            draw(prepared, test, {**drawn, letters: beside[letters]}, best, out / f"{_file(test)}.png")
         _write_rows(out / "predictions.csv", prepared, {**scores, **beside})
         write_leaks(out / "left_out.tsv", prepared)
     homes = [home(model.name, "comparison", f"{task.name}-{'-'.join(labels)}") for model in (first, second)]
@@ -99,6 +98,10 @@ def compare(first: Model, second: Model, task: Task, options: Options, out: Path
         if path is not None:
             write_findings(path, "comparison", facts, plain)
             print(f"Kept in {path.parent if path.name == 'findings.json' else path}.")
+    drawn = {**{label: found[label][best].scores_RC for label in labels}, letters: beside[letters]}
+    for test in tables if out is not None else ():
+        assert out is not None
+        draw(prepared, test, drawn, best, out / f"{_file(test)}.png")
     return plain
 
 
@@ -116,13 +119,12 @@ def paired(prepared: Prepared, test: str, first_RC: np.ndarray, second_RC: np.nd
     """The difference of the first measure, its interval over draws of groups, and the p-value of exchanging the two
     models' predictions protein by protein (group by group). Ranks stand for scores where only order counts, since two
     models need not mean the same by 0.3."""
-    from scipy.stats import rankdata
-
     rows, kind = prepared.tests[test], prepared.task.kind
     labels_R, groups_R = prepared.task.labels_R[rows], prepared.groups_R[rows]
     one, other = first_RC[rows], second_RC[rows]
     if kind != "multiclass":
-        one, other = (np.repeat(rankdata(scores[:, -1])[:, None], scores.shape[1], axis=1) for scores in (one, other))
+        ranks = [prepared.ranked(scores_RC)[rows, None] for scores_RC in (first_RC, second_RC)]
+        one, other = (np.repeat(ranks_R, first_RC.shape[1], axis=1) for ranks_R in ranks)
     everywhere = np.arange(len(rows))
 
     def difference(exchanged_R: np.ndarray) -> float:
@@ -142,18 +144,23 @@ def sentence(labels: tuple[str, str], predictor: str, kind: str, found: dict[str
         f"{LABELS[headline(kind)]} {found['value']:+.3f} (95%: {found['low']:+.3f} to {found['high']:+.3f}; "
         f"permutation p = {found['permutation_p_value']:.3g})"
     )
-    if found["low"] <= 0 <= found["high"]:
+    if not (found["low"] > 0 or found["high"] < 0):
         return f"{predictor}: no difference shown between {labels[0]} and {labels[1]}: {how}."
     better, worse = labels if found["value"] > 0 else labels[::-1]
     return f"{predictor}: {better} is above {worse}; {labels[0]} - {labels[1]}: {how}."
 
 
 def draw(prepared: Prepared, test: str, scores: dict[str, np.ndarray], predictor: str, path: Path) -> None:
-    """ROC and precision-recall curves of two classes; true against predicted values; recall of each of more classes."""
+    """ROC and precision-recall curves of two classes; true against predicted values; recall of each of more classes.
+
+    Of a test set with one label or value there is nothing to draw, and that is said."""
     from hf_plm.judging.plots import figure, save
 
     rows, kind = prepared.tests[test], prepared.task.kind
     truth = prepared.task.labels_R[rows]
+    if kind != "multiclass" and np.ptp(truth) == 0:
+        print(f"All rows of {test} have one label: its picture is left out.")
+        return
     here = {name: scores_RC[rows] for name, scores_RC in scores.items()}
     proteins = len(np.unique(prepared.task.proteins_R[rows]))
     if kind == "binary":
@@ -179,8 +186,6 @@ def _curves(axes: list[Any], truth: np.ndarray, scores: dict[str, np.ndarray]) -
 
     from hf_plm.judging.plots import COLOURS, STYLES
 
-    if truth.min() == truth.max():
-        raise UserError("A test set with one label has no curves; leave --out out.")
     top = 0.0
     for index, (name, scores_RC) in enumerate(scores.items()):
         said = scores_RC[:, 1]

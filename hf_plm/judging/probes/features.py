@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
+import psutil
 from tqdm import tqdm
 
 from hf_plm.inference.vectors import Encoder, embed_stream
@@ -30,7 +31,11 @@ def embedded(encoder: Encoder, task: Task, features: str = "residue", label: str
     """fp32 (R, D): the mean over each protein, or the vectors of the residues; each sequence is embedded once."""
     assert features in FEATURES
     is_site = task.level == "residue" and features == "site"
-    found_RD = np.empty((len(task), encoder.width * (2 if is_site else 1)), dtype=np.float32)
+    shape = (len(task), encoder.width * (2 if is_site else 1))
+    if (num_bytes := 4 * shape[0] * shape[1]) > psutil.virtual_memory().total / 2:
+        size = f"{num_bytes / 1e9:,.1f} GB, more than half of the memory"
+        print(f"Note: the vectors of {len(task):,} rows take {size}; --max-proteins draws fewer.", flush=True)
+    found_RD = np.empty(shape, dtype=np.float32)
     rows_of: dict[str, list[int]] = {}
     for row, protein in enumerate(task.proteins_R.tolist()):
         rows_of.setdefault(task.sequences[protein], []).append(row)
@@ -55,15 +60,16 @@ def embedded(encoder: Encoder, task: Task, features: str = "residue", label: str
     return found_RD
 
 
-def letters(task: Task) -> np.ndarray:
-    """fp32 (R, A) composition of each protein, or (R, 15 * 21) letters around each residue, one-hot (20 and other)."""
+def letters(task: Task, features: str = "residue") -> np.ndarray:
+    """fp32 (R, A) composition of each protein, or (R, 15 * 21) letters around each residue, one-hot (20 and other);
+    of `site` features the composition of the residue's protein beside them."""
     other = len(STANDARD_RESIDUES)
     column = np.full(256, other, dtype=np.int64)
     column[list(STANDARD_RESIDUES.encode())] = np.arange(other)
     coded = [column[np.frombuffer(sequence.encode(), dtype=np.uint8)] for sequence in task.sequences]
+    shares_PA = np.array([np.bincount(one, minlength=other + 1)[:other] / len(one) for one in coded], dtype=np.float32)
     if task.level == "protein":
-        shares_PA = np.array([np.bincount(one, minlength=other + 1)[:other] / len(one) for one in coded])
-        return shares_PA[task.proteins_R].astype(np.float32)
+        return shares_PA[task.proteins_R]
     # All proteins end to end with a margin between them, so that one index finds each window.
     margin = np.full(WINDOW, other)
     joined = np.concatenate([margin, *(part for one in coded for part in (one, margin))])
@@ -74,7 +80,7 @@ def letters(task: Task) -> np.ndarray:
     found = np.zeros((len(task), (2 * WINDOW + 1) * width), dtype=np.float32)
     for offset in range(-WINDOW, WINDOW + 1):
         found[np.arange(len(task)), (offset + WINDOW) * width + joined[at_R + offset]] = 1
-    return found
+    return np.hstack([found, shares_PA[task.proteins_R]]) if features == "site" else found
 
 
 def shown(items: Iterable[Item], weights: list[int], label: str) -> Iterator[Item]:

@@ -23,7 +23,11 @@ def understand(
         raise UserError(f"{path} has no label in any row.")
     distinct = set(texts)
     numbers = {text: number for text in distinct if (number := _number(text)) is not None}
-    whole = len(numbers) == len(distinct) and all(text.lstrip("+-").isdigit() for text in distinct)
+    whole = len(numbers) == len(distinct) and all(number.is_integer() for number in numbers.values())
+    if whole:  # 1.0 and 1 are one class
+        texts = [str(int(numbers[text])) for text in texts]
+        distinct = set(texts)
+        numbers = {text: float(text) for text in distinct}
     if kind is None:
         few = len(distinct) <= MOST_NUMBERED_CLASSES
         is_quantity = len(numbers) == len(distinct) > 2 and not (whole and few)

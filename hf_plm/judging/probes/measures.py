@@ -44,15 +44,22 @@ def decided(kind: str, scores_RC: np.ndarray) -> np.ndarray:
     return scores_RC.argmax(axis=1)
 
 
-def measure(kind: str, labels_R: np.ndarray, scores_RC: np.ndarray) -> Callable[[np.ndarray], float]:
-    """The first measure of the kind, of whichever rows it is asked for; NaN where it is not defined for these."""
-    decided_R, ranked_R = decided(kind, scores_RC), scores_RC[:, -1]
+def measure(
+    kind: str, labels_R: np.ndarray, scores_RC: np.ndarray, ranked_R: np.ndarray | None = None
+) -> Callable[[np.ndarray], float]:
+    """The first measure of the kind, of whichever rows it is asked for; NaN where it is not defined for these.
+
+    `ranked_R` stands for the scores where only their order counts.
+    """
+    decided_R, ranked_R = decided(kind, scores_RC), scores_RC[:, -1] if ranked_R is None else ranked_R
     return lambda rows: _first(kind, labels_R[rows], decided_R[rows], ranked_R[rows])
 
 
-def measures(kind: str, labels_R: np.ndarray, scores_RC: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def measures(
+    kind: str, labels_R: np.ndarray, scores_RC: np.ndarray, ranked_R: np.ndarray | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
     """All measures of the kind, float64 in the order of `NAMES`, in as few calls as can be: resamples ask often."""
-    decided_R, ranked_R = decided(kind, scores_RC), scores_RC[:, -1]
+    decided_R, ranked_R = decided(kind, scores_RC), scores_RC[:, -1] if ranked_R is None else ranked_R
     further = {"binary": _further_binary, "multiclass": _further_multiclass, "regression": _further_regression}[kind]
 
     def of(rows: np.ndarray) -> np.ndarray:
@@ -70,9 +77,9 @@ def _first(kind: str, truth: np.ndarray, guess: np.ndarray, ranked: np.ndarray) 
         return float(average_precision_score(truth, ranked)) if truth.any() else float("nan")
     if kind == "multiclass":
         return _mcc(truth, guess)
-    if len(truth) < 3 or np.ptp(truth) == 0 or np.ptp(guess) == 0:
+    if len(truth) < 3 or np.ptp(truth) == 0 or np.ptp(ranked) == 0:
         return float("nan")
-    return float(spearmanr(truth, guess).statistic)
+    return float(spearmanr(truth, ranked).statistic)
 
 
 def _mcc(truth: np.ndarray, guess: np.ndarray) -> float:

@@ -9,6 +9,7 @@ Dimensions: R rows, D features, C classes (1 for regression).
 
 import json
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_plm.judging.probes.measures import measure
 
 PREDICTORS = ("linear", "knn", "trees")
 STACK = "phosboost"
+MOST_STEPS = 500  # of logistic regression
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression, on standardised features
 RIDGES = (1e5, 1e4, 1e3, 1e2, 1e1, 1.0)  # alpha of ridge regression
 NEIGHBOURS = (1, 5, 15, 50)
@@ -67,6 +69,7 @@ class Fitted:
     settings: dict[str, Any]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    is_converged: bool = True  # not kept
 
     def predict(self, X_RD: np.ndarray) -> np.ndarray:
         """float64 (R, C): probabilities of the classes, or the value."""
@@ -98,12 +101,13 @@ def load_fitted(folder: Path) -> Fitted:
         count = plain.pop("num_trees_files")
         texts = tuple((folder / f"trees_{number}.txt").read_text(encoding="utf-8") for number in range(count))
         return Fitted(**plain, arrays=arrays, texts=texts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder} holds no predictor of hf-plm probe --out ({error}).") from None
 
 
 def choose(name: str, rows: Rows, inner: list[tuple[np.ndarray, np.ndarray]], how: How) -> tuple[dict, float]:
-    """The settings that are best on the validation sides, by the kind's first measure, and how good they are there."""
+    """The settings that are best on the validation sides, by the kind's first measure, and how good they are there:
+    NaN for the stack, whose settings are those of its trees."""
     measured: list[list[tuple[dict, float]]] = []
     for train, valid in inner:
         fit, check = rows.at(train), rows.at(valid)
@@ -121,7 +125,7 @@ def choose(name: str, rows: Rows, inner: list[tuple[np.ndarray, np.ndarray]], ho
     settings = dict(measured[0][best][0])
     if "rounds" in settings:
         settings["rounds"] = int(np.median([options[best][0]["rounds"] for options in measured]))
-    return settings, means[best]
+    return settings, float("nan") if name == STACK else means[best]
 
 
 def fit(name: str, rows: Rows, settings: dict[str, Any], how: How) -> Fitted:
@@ -172,7 +176,7 @@ def _linear_path(rows: Rows, how: How, grid: Any) -> Iterator[Fitted]:
     present = np.unique(rows.y_R)
     if len(present) < 2:
         raise UserError("A part of the task to learn from has one label only; give fewer --folds, or another split.")
-    model = LogisticRegression(warm_start=True, max_iter=500, tol=1e-3)
+    model = LogisticRegression(warm_start=True, max_iter=MOST_STEPS, tol=1e-3)
     for strength in grid:
         with warnings.catch_warnings():
             # Half a thousand steps without an end is no strength to be chosen, and validation says so.
@@ -186,7 +190,8 @@ def _linear_path(rows: Rows, how: How, grid: Any) -> Iterator[Fitted]:
         else:
             coef[present], intercept[present] = model.coef_, model.intercept_
         arrays = {**base, "coef": coef, "intercept": intercept}
-        yield Fitted("linear", how.kind, how.num_classes, {"strength": strength}, arrays)
+        is_converged = bool(model.n_iter_.max() < MOST_STEPS)
+        yield Fitted("linear", how.kind, how.num_classes, {"strength": strength}, arrays, (), is_converged)
 
 
 def _linear_predict(fitted: Fitted, X_RD: np.ndarray) -> np.ndarray:
@@ -298,8 +303,11 @@ def _stack(rows: Rows, settings: dict[str, Any], how: How) -> Fitted:
     from sklearn.model_selection import StratifiedGroupKFold
 
     weights = ("balanced", "equal")
+    num_folds = min(5, len(np.unique(rows.groups_R)), np.bincount(rows.y_R, minlength=2).min())
+    if num_folds < 2:
+        raise UserError(f"--predictor {STACK} needs two groups of proteins, and two rows of each label, to learn from.")
     seen_R2 = np.zeros((len(rows), 2))
-    folds = StratifiedGroupKFold(5, shuffle=True, random_state=how.seed)
+    folds = StratifiedGroupKFold(int(num_folds), shuffle=True, random_state=how.seed)
     for train, held in folds.split(rows.X_RD, rows.y_R, rows.groups_R):
         for column, weight in enumerate(weights):
             text = _trees(rows.at(train), settings, how, weight)

@@ -1,7 +1,7 @@
 """A probe: how much of a task a small predictor reads off a model's frozen embeddings, beside what the letters give.
 
 Each round fits on its train side and is tested once; settings are chosen inside the train side, in groups too. Beside
-the model stand two baselines over the same rows: the shares of the labels, and the same linear predictor on the letters
+the model stand two baselines over the same rows: the shares of the labels, and the same predictor on the letters
 (composition of a protein, a window of 15 residues). A probe that is not above the second has read nothing.
 
 Dimensions: R rows, D features, C classes.
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.data.heldout import hash_of
 from hf_plm.inference.vectors import Encoder
 from hf_plm.judging.intervals import Difference, Interval, bootstrap_intervals, paired_difference
 from hf_plm.judging.probes.features import FEATURES, embedded, letters, shown
 from hf_plm.judging.probes.measures import NAMES, headline, measure, measures
-from hf_plm.judging.probes.predictors import PREDICTORS, STACK, Fitted, How, Rows, choose, fit
-from hf_plm.judging.probes.splits import Plan, by_kmers, plan, side
-from hf_plm.judging.probes.task import Task
+from hf_plm.judging.probes.predictors import MOST_STEPS, PREDICTORS, STACK, Fitted, How, Rows, choose, fit
+from hf_plm.judging.probes.splits import KMER_SHARE, Plan, near_pairs, plan
+from hf_plm.judging.probes.task import Task, side
 
 MOST_TREE_CLASSES = 30
 """Boosting fits a tree a class and round; beyond so many classes it is only done when it is asked for by name."""
@@ -84,6 +85,17 @@ class Prepared:
     def groups_R(self) -> np.ndarray:
         return self.plan.groups_P[self.task.proteins_R]
 
+    def ranked(self, scores_RC: np.ndarray) -> np.ndarray:
+        """(R,) ranks within each round as shares, NaN where no test: fits of other rounds have offsets of their own,
+        which say nothing of the order of their rows together."""
+        from scipy.stats import rankdata
+
+        found = np.full(len(scores_RC), np.nan)
+        for one in self.rounds:
+            for rows in one.tests.values():
+                found[rows] = rankdata(scores_RC[rows, -1]) / (len(rows) + 1)
+        return found
+
     @property
     def tests(self) -> dict[str, np.ndarray]:
         """The rows of each test set, over all rounds."""
@@ -101,20 +113,22 @@ class Predicted:
     name: str
     scores_RC: np.ndarray  # NaN where no test
     settings: list[dict[str, Any]]  # of each round
-    validation: float  # by the first measure, mean over rounds
+    validation: float  # by the first measure, mean over rounds; NaN where there is none
     fitted: Fitted  # of the last round
 
 
 def prepare_task(task: Task, options: Options) -> Prepared:
     """Draws, splits and looks for leaks. Raises `UserError` for what cannot be split, and for leaks."""
     notes = list(task.notes)
+    if options.features == "site" and task.level == "protein":
+        raise UserError(f"--features site is for labels of residues, and {task.path} has one label for each protein.")
     if options.max_proteins is not None and options.max_proteins < len(task.ids):
         whole = len(task.ids)
         task = _few(task, options.max_proteins, options.seed)
         notes.append(f"{len(task.ids):,} of {whole:,} proteins are drawn (--max-proteins).")
     split = plan(task, options.folds, options.clusters, options.leaks, options.seed)
     notes += split.notes
-    if task.splits is not None and (near := _relatives(task, split)):
+    if task.splits is not None and len(split.rounds) == 1 and (near := _relatives(task, split)):
         notes.append(near)
     rounds, sampled = _row_rounds(task, split, options)
     if sampled:
@@ -150,14 +164,11 @@ def _few(task: Task, count: int, seed: int) -> Task:
 
 def _relatives(task: Task, split: Plan) -> str:
     """An honest word on a given split: how many of the test have a near relative to learn from."""
-    near_P = by_kmers(task.sequences)
-    trained = np.unique(near_P[np.concatenate([one.train for one in split.rounds])])
-    if len(split.rounds) > 1:  # each protein is on both sides once
-        return ""
     tested = np.concatenate(list(split.rounds[0].tests.values()))
-    count = int(np.isin(near_P[tested], trained).sum())
+    count = len(np.unique(near_pairs(task.sequences, tested, split.rounds[0].train)[0]))
     return (
-        f"{count:,} of {len(tested):,} test proteins have a near relative (a third of their 5-mers) on the train side."
+        f"{count:,} of {len(tested):,} test proteins have a near relative on the train side: the one of the two with "
+        f"fewer 5-mers shares {KMER_SHARE:.0%} of them."
         if count
         else ""
     )
@@ -176,6 +187,11 @@ def _row_rounds(task: Task, split: Plan, options: Options) -> tuple[list[RowRoun
             (np.flatnonzero(np.isin(of_rows, train)), np.flatnonzero(np.isin(of_rows, valid)))
             for train, valid in one.inner
         ]
+        inner = [pair for pair in inner if len(pair[0]) and len(pair[1])]
+        if not inner:
+            raise UserError(
+                f"{task.path}: too few labelled rows are left to choose settings by; --max-rows keeps more."
+            )
         tests = {name: np.flatnonzero(np.isin(task.proteins_R, proteins)) for name, proteins in one.tests.items()}
         tests = {name: found for name, found in tests.items() if len(found)}
         if not len(rows) or not tests:
@@ -214,6 +230,10 @@ def predictions(prepared: Prepared, X_RD: np.ndarray, names: Sequence[str], labe
             done[name].append((settings, value, fitted))
             for test in one.tests.values():
                 scores[name][test] = fitted.predict(X_RD[test])
+    for name, fits in done.items():
+        if num := sum(not fitted.is_converged for _, _, fitted in fits):
+            note = f"{label}, {name}: {num} of {len(fits)} fits had not converged after {MOST_STEPS} steps."
+            prepared.notes += [note] if note not in prepared.notes else []
     return {
         name: Predicted(
             name,
@@ -226,8 +246,9 @@ def predictions(prepared: Prepared, X_RD: np.ndarray, names: Sequence[str], labe
     }
 
 
-def baselines(prepared: Prepared) -> dict[str, np.ndarray]:
-    """(R, C) of the shares of the labels, and of a linear predictor on the letters."""
+def baselines(prepared: Prepared, predictor: str = "linear", features: str = "residue") -> dict[str, np.ndarray]:
+    """(R, C) of the shares of the labels, and of the same predictor on the letters, or of a linear one where that is
+    better by validation."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
     found = np.full((len(prepared.task), prepared.how.num_classes), np.nan)
@@ -241,9 +262,12 @@ def baselines(prepared: Prepared) -> dict[str, np.ndarray]:
                 dummy = DummyClassifier(strategy="prior").fit(blank, labels_R[one.fit])
                 found[test] = 0
                 found[np.ix_(test, dummy.classes_)] = dummy.predict_proba(unseen)
-    name = "composition, linear" if prepared.task.level == "protein" else "one-hot window, linear"
-    linear = predictions(prepared, letters(prepared.task), ["linear"], "baseline")["linear"]
-    return {PRIOR: found, name: linear.scores_RC}
+    name = "composition" if prepared.task.level == "protein" else "one-hot window"
+    name += " and composition" * (features == "site")
+    names = dict.fromkeys([predictor] if predictor == STACK else [predictor, "linear"])
+    fitted = predictions(prepared, letters(prepared.task, features), list(names), "baseline")
+    best = max(fitted.values(), key=lambda one: one.validation)
+    return {PRIOR: found, f"{name}, {best.name}": best.scores_RC}
 
 
 def measured(prepared: Prepared, scores: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, Interval]]]:
@@ -252,7 +276,7 @@ def measured(prepared: Prepared, scores: dict[str, np.ndarray]) -> dict[str, dic
     work = [(test, name, rows) for test, rows in prepared.tests.items() for name in scores]
     found: dict[str, dict[str, dict[str, Interval]]] = {test: {} for test in prepared.tests}
     for test, name, rows in shown(work, [len(rows) for _, _, rows in work], "intervals"):
-        of = measures(kind, prepared.task.labels_R[rows], scores[name][rows])
+        of = measures(kind, prepared.task.labels_R[rows], scores[name][rows], prepared.ranked(scores[name])[rows])
         found[test][name] = dict(
             zip(NAMES[kind], bootstrap_intervals(groups_R[rows], of, prepared.resamples), strict=True)
         )
@@ -265,43 +289,69 @@ def advantage(prepared: Prepared, test: str, first_RC: np.ndarray, second_RC: np
     labels_R = prepared.task.labels_R[rows]
     return paired_difference(
         prepared.groups_R[rows],
-        measure(kind, labels_R, first_RC[rows]),
-        measure(kind, labels_R, second_RC[rows]),
+        measure(kind, labels_R, first_RC[rows], prepared.ranked(first_RC)[rows]),
+        measure(kind, labels_R, second_RC[rows], prepared.ranked(second_RC)[rows]),
         prepared.resamples,
     )
 
 
 def final(prepared: Prepared, X_RD: np.ndarray, chosen: Predicted, max_rows: int) -> tuple[Fitted, str]:
     """The predictor to keep and what it has learnt from: of one round as it was tested; of folds, from all rows with
-    the settings that were chosen most often."""
+    the settings that were chosen most often. Its array `seen` has the hashes of the sequences."""
     if len(prepared.rounds) == 1:
-        return chosen.fitted, "the train side, as tested"
-    settings = collections.Counter(tuple(sorted(one.items())) for one in chosen.settings).most_common(1)[0][0]
+        return _with_seen(chosen.fitted, prepared, prepared.rounds[0].fit), "the train side, as tested"
+    alike = [tuple(sorted((key, value) for key, value in one.items() if key != "rounds")) for one in chosen.settings]
+    most = collections.Counter(alike).most_common(1)[0][0]
+    settings = dict(most)
+    if "rounds" in chosen.settings[0]:
+        of_most = [one["rounds"] for one, same in zip(chosen.settings, alike, strict=True) if same == most]
+        settings["rounds"] = int(np.median(of_most))
     rows = np.arange(len(prepared.task))
     if len(rows) > max_rows:
         rows = np.sort(np.random.default_rng(prepared.how.seed).choice(rows, max_rows, replace=False))
     known = Rows(X_RD[rows], prepared.task.labels_R[rows], prepared.groups_R[rows])
-    return fit(chosen.name, known, dict(settings), prepared.how), "all rows, with the settings chosen in most folds"
+    fitted = fit(chosen.name, known, settings, prepared.how)
+    return _with_seen(fitted, prepared, rows), "all rows, with the settings chosen in most folds"
 
 
-def prepare_quick(task: Task, max_proteins: int = 300, seed: int = 0) -> Prepared:
+def hashes_of(sequences: Sequence[str]) -> np.ndarray:
+    """uint64, 8 bytes of BLAKE2b for each sequence."""
+    return np.array([hash_of(sequence.encode()) for sequence in sequences], dtype=np.uint64)
+
+
+def _with_seen(fitted: Fitted, prepared: Prepared, rows: np.ndarray) -> Fitted:
+    task = prepared.task
+    seen = hashes_of([task.sequences[protein] for protein in np.unique(task.proteins_R[rows])])
+    return dataclasses.replace(fitted, arrays={**fitted.arrays, "seen": np.unique(seen)})
+
+
+@dataclass(frozen=True)
+class Quick:
+    """What `quick_probe` needs again and again; the letters stay the same while a model learns."""
+
+    prepared: Prepared
+    baseline: float
+
+
+def prepare_quick(task: Task, max_proteins: int = 300, seed: int = 0) -> Quick:
     """One round of a draw of proteins, for `quick_probe`. Raises `UserError` for what cannot be split."""
     options = Options("linear", max_rows=20_000, max_proteins=max_proteins, leaks="drop", threads=1, seed=seed)
     prepared = prepare_task(task, options)
-    return dataclasses.replace(prepared, rounds=prepared.rounds[:1])
+    prepared = dataclasses.replace(prepared, rounds=prepared.rounds[:1])
+    return Quick(prepared, _quick_value(prepared, letters(prepared.task)))
 
 
-def quick_probe(encoder: Encoder, prepared: Prepared) -> dict[str, float]:
+def quick_probe(encoder: Encoder, quick: Quick) -> dict[str, float]:
     """One number and its baseline, in seconds: a linear probe, for use during a run.
 
     Keys are `probe_TASK_MEASURE` and the same with `_baseline`; of several test sets the first counts.
     """
-    task = prepared.task
-    name, of = next(iter(prepared.tests)), headline(task.kind)
-    rows = prepared.tests[name]
-    labels_R = task.labels_R[rows]
-    found = {}
-    for key, X_RD in (("", embedded(encoder, task)), ("_baseline", letters(task))):
-        scores_RC = predictions(prepared, X_RD, ["linear"], "probe")["linear"].scores_RC[rows]
-        found[f"probe_{task.name}_{of}{key}"] = measure(task.kind, labels_R, scores_RC)(np.arange(len(rows)))
-    return found
+    task = quick.prepared.task
+    name = f"probe_{task.name}_{headline(task.kind)}"
+    return {name: _quick_value(quick.prepared, embedded(encoder, task)), f"{name}_baseline": quick.baseline}
+
+
+def _quick_value(prepared: Prepared, X_RD: np.ndarray) -> float:
+    rows = next(iter(prepared.tests.values()))
+    scores_RC = predictions(prepared, X_RD, ["linear"], "probe")["linear"].scores_RC[rows]
+    return measure(prepared.task.kind, prepared.task.labels_R[rows], scores_RC)(np.arange(len(rows)))

@@ -25,6 +25,7 @@ from hf_plm.judging.probes.probe import (
     advantage,
     baselines,
     final,
+    hashes_of,
     measured,
     predictions,
     prepare_task,
@@ -48,17 +49,23 @@ class Model:
         return Embedder(self.name, precision=self.precision, device=self.device, threads=self.threads)
 
 
+def letter_groups(sites: str | None) -> list[str]:
+    """S and T together and Y apart, as PhosBoost has them; others as they are given."""
+    if sites is None:
+        return []
+    apart = "Y" in sites and bool(set(sites) & set("ST"))
+    return ["".join(letter for letter in sites if letter != "Y"), "Y"] if apart else [sites]
+
+
 def site_groups(task: Task, sites: str | None) -> list[Task]:
-    """The tasks that letters make: S and T together and Y apart, as PhosBoost has them; others as they are given.
+    """The tasks that the `letter_groups` make.
 
     Says which group has no row. Raises `UserError` where none has.
     """
     if sites is None:
         return [task]
-    apart = set(sites) >= {"Y"} and bool(set(sites) & set("ST"))
-    groups = ["".join(letter for letter in sites if letter != "Y"), "Y"] if apart else [sites]
     found = []
-    for letters in groups:
+    for letters in letter_groups(sites):
         some = task.residues(letters)
         if not len(some):
             print(f"{task.name} has no labelled residue {' or '.join(letters)}: that group is left out.", flush=True)
@@ -79,13 +86,15 @@ def run(model: Model, task: Task, options: Options, out: Path | None) -> dict[st
     prepared = prepare_task(task, options)
     names = wanted(options, prepared)
     tell(prepared)
+    told = len(prepared.notes)
     encoder = model.open()
     X_RD = embedded(encoder.encoder, prepared.task, options.features)
     found = predictions(prepared, X_RD, names, "predictors")
-    beside = baselines(prepared)
+    best = max(found.values(), key=lambda one: one.validation)
+    beside = baselines(prepared, best.name, options.features)
+    tell_notes(prepared, told)
     scores = {**{name: one.scores_RC for name, one in found.items()}, **beside}
     tables = measured(prepared, scores)
-    best = max(found.values(), key=lambda one: one.validation)
     plain = {
         **described(prepared, options),
         "predictor": best.name,
@@ -130,7 +139,12 @@ def tell(prepared: Prepared) -> None:
     counts = ", ".join(f"{len(rows):,} {name}" for name, rows in first.tests.items())
     print(f"Split: {prepared.plan.how}; {'the first: ' if len(prepared.rounds) > 1 else ''}", end="")
     print(f"{len(first.train):,} proteins to learn from, {counts}.", flush=True)
-    for note in prepared.notes:
+    tell_notes(prepared)
+
+
+def tell_notes(prepared: Prepared, told: int = 0) -> None:
+    """Those that were not yet told."""
+    for note in prepared.notes[told:]:
         print(f"Note: {note}", flush=True)
 
 
@@ -162,7 +176,7 @@ def described(prepared: Prepared, options: Options) -> dict[str, Any]:
         "split": prepared.plan.how,
         "rounds": len(prepared.rounds),
         "groups": len(np.unique(prepared.groups_R)),
-        "leaks_dropped": len(prepared.plan.leaks),
+        "leaks_dropped": len({row for row, _, _, _ in prepared.plan.leaks}),
         "notes": prepared.notes,
         "headline": headline(task.kind),
         "seed": options.seed,
@@ -251,10 +265,10 @@ def write_leaks(path: Path, prepared: Prepared) -> None:
     task = prepared.task
     write_csv(
         path,
-        ["line", "id", "same", "test_line", "test_id"],
+        ["line", "id", "same", "test_line", "test_id", "round"],
         (
-            [str(task.lines[row]), task.ids[row], what, str(task.lines[other]), task.ids[other]]
-            for row, other, what in prepared.plan.leaks
+            [str(task.lines[row]), task.ids[row], what, str(task.lines[other]), task.ids[other], str(number)]
+            for row, other, what, number in prepared.plan.leaks
         ),
         "\t",
     )
@@ -276,30 +290,48 @@ def write_csv(path: Path, head: list[str], lines: Iterable[list[str]], separator
 
 
 def apply(model: Model, folder: Path, data: Path, out: Path, illegal: str = "reject") -> int:
-    """Predicts for the proteins of a FASTA file with what `run` kept in `folder`; returns the number of rows."""
+    """Predicts for the proteins of a FASTA file with what `run` kept in `folder`; returns the number of rows.
+
+    Says of how many proteins the predictor has learnt.
+    """
     require_judge()
+    below = sorted(path.parent.name for path in folder.glob("*/predictor.json"))
+    if below and not (folder / "predictor.json").exists():
+        raise UserError(f"{folder} holds predictors in folders of its own; give one of {', '.join(below)} in it.")
     plain = read_findings(folder / "findings.json")
-    if plain["kind"] != "probe" or "kept" not in plain:
-        raise UserError(f"{folder} holds no predictor of hf-plm probe --out.")
     fitted = load_fitted(folder)
+    try:
+        then, features, of = plain["models"][0], plain["features"], plain["task"]
+        then = {key: str(then[key]) for key in ("model", "revision")}
+        of = {key: of[key] for key in ("name", "level", "kind", "classes", "letters")}
+    except (LookupError, TypeError):
+        raise UserError(f"{folder} holds no predictor of hf-plm probe --out: its findings lack something.") from None
     encoder = model.open()
-    facts, then = encoder.encoder.facts, plain["models"][0]
+    facts = encoder.encoder.facts
     if facts["revision"] != then["revision"]:
         raise UserError(
             f"The predictor in {folder} has learnt from embeddings of {then['model']} (revision "
             f"{then['revision'][:16]}); {model.name} is another model ({facts['revision'][:16]})."
         )
-    task = _new_task(data, plain["task"], illegal)
-    scores_RC = fitted.predict(embedded(encoder.encoder, task, "site" if plain["features"] == "site" else "residue"))
+    task = _new_task(data, of, illegal)
+    seen_P = np.isin(hashes_of(task.sequences), fitted.arrays.get("seen", np.empty(0, dtype=np.uint64)))
+    if seen_P.any():
+        print(
+            f"Note: the predictor has learnt from {seen_P.sum():,} of these {len(seen_P):,} proteins (column seen), so "
+            "that what it says of them is no test of it."
+        )
+    scores_RC = fitted.predict(embedded(encoder.encoder, task, "site" if features == "site" else "residue"))
     said = _said(task.kind, task.classes, scores_RC)
-    head = ["id", *(["position", "residue"] if task.level == "residue" else []), "prediction"]
-    head += [f"p_{name}" for name in task.classes] if task.kind == "multiclass" else []
+    head = ["id", *(["position", "residue"] if task.level == "residue" else []), "seen"]
+    if task.kind != "binary":
+        head.append("prediction")
+    head += [f"p_{name}" for name in (task.classes[1:] if task.kind == "binary" else task.classes)]
 
     def lines() -> Iterable[list[str]]:
         for row, (protein, place) in enumerate(zip(task.proteins_R, task.positions_R, strict=True)):
             where = [str(place + 1), task.sequences[protein][place]] if task.level == "residue" else []
             probabilities = [f"{value:.4g}" for value in scores_RC[row]] if task.kind == "multiclass" else []
-            yield [task.ids[protein], *where, said[row], *probabilities]
+            yield [task.ids[protein], *where, "yes" if seen_P[protein] else "no", said[row], *probabilities]
 
     write_csv(out, head, lines())
     return len(task)

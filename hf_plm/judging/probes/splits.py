@@ -2,17 +2,17 @@
 
 A split that the table brings is used as it is, after a search for leaks: a protein, a sequence or a cluster on both
 sides is refused. Without one, folds are made of groups, which are clusters where those are known, by MMseqs2 where it
-is installed, else by shared 5-mers. The last finds proteins from about 80% identity on and no distant relatives: on
+is installed, and shared 5-mers. These alone find proteins from about 80% identity on and no distant relatives: on
 natural families, relatives at 30% stay on both sides, which makes numbers too good, and that is said.
 
 Dimensions: P proteins, K keys (ids, sequences, clusters).
 """
 
 import csv
-import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from hf_plm.config import UserError
-from hf_plm.judging.probes.task import Task
+from hf_plm.judging.probes.labels import MISSING
+from hf_plm.judging.probes.task import Task, side
 
 POOLED = "cross-validation"
 """The name of the test set that all folds make together."""
@@ -30,6 +31,8 @@ NUM_INNER = 4  # a quarter of what five folds leave: 60/20/20 (PhosBoost's READM
 KMER, KMER_SHARE, KMER_COMMON = 5, 0.3, 1000
 """Two proteins are relatives here if the one with fewer 5-mers shares 30% of them (0.8 ** 5); 5-mers of more proteins
 than the last number tell nothing."""
+BLOCK = 2000
+"""Proteins whose 5-mers are compared with all others at once: of 100,000 the whole table would take 7 GB and more."""
 MMSEQS = ("--min-seq-id", "0.3", "-c", "0.8", "--cov-mode", "0", "--cluster-mode", "1", "-v", "1")
 """30% identity over 80% of both, connected components (MMseqs2 user guide, "Clustering modes")."""
 
@@ -49,7 +52,7 @@ class Plan:
     how: str
     groups_P: np.ndarray  # int64: what intervals resample
     notes: tuple[str, ...] = ()
-    leaks: tuple[tuple[int, int, str], ...] = ()  # (train, test, what they share), dropped from train
+    leaks: tuple[tuple[int, int, str, int], ...] = ()  # (train, test, what they share, round), dropped from train
 
 
 def plan(
@@ -71,10 +74,10 @@ def plan(
     groups_P = joined(list(keys.values()))
     if task.splits is not None:
         return _given(task, task.splits, keys, groups_P, leaks, seed, notes)
-    if "cluster" in keys:
-        of = "given clusters"
-    else:
-        of, found_P, more = _homology(task)
+    of = "given clusters"
+    if "cluster" not in keys or keys["cluster"].min() < 0:
+        found, found_P, more = _homology(task)
+        of = f"{of} and {found}" if "cluster" in keys else found
         groups_P = joined([*keys.values(), found_P])
         notes += more
     parts = grouped(task, np.arange(len(task.ids)), groups_P, folds, seed)
@@ -136,18 +139,6 @@ def _inner(task: Task, groups_P: np.ndarray, train: np.ndarray, seed: int) -> tu
     return tuple((np.setdiff1d(train, part), part) for part in parts)
 
 
-def side(value: str) -> str:
-    """`train`, `valid`, `fold N`, or for a test set its own name; '' where it is none of them."""
-    name = value.strip().lower()
-    if name.startswith("train"):
-        return "train"
-    if name in ("valid", "val", "validation", "dev", "eval"):
-        return "valid"
-    if number := re.fullmatch(r"(?:fold|cv|part)?[ _-]*(\d+)", name):
-        return f"fold {int(number[1])}"
-    return value if "test" in name or name in ("independent", "holdout", "held-out") else ""
-
-
 def _given(
     task: Task,
     splits: tuple[str, ...],
@@ -175,29 +166,42 @@ def _given(
         rounds = [Round(np.setdiff1d(np.arange(len(sides)), part), (), {POOLED: part}) for part in parts]
     else:
         raise UserError(f"{task.path}: its split has no test side, only {', '.join(sorted(set(splits)))}.")
-    dropped: list[tuple[int, int, str]] = []
+    dropped: list[tuple[int, int, str, int]] = []
+    twice: set[int] = set()
     for index, one in enumerate(rounds):
         found = find_leaks(one.train, np.concatenate(list(one.tests.values())), keys)
         if found and leaks == "refuse":
             raise UserError(_told(task, found, splits))
-        dropped += found
+        dropped += [(*leak, index + 1) for leak in found]
         train = np.setdiff1d(one.train, [row for row, _, _ in found])
         if not len(train):
             raise UserError(f"{task.path}: its split leaves nothing to train on.")
         valid = np.intersect1d(train, proteins.get("valid", np.empty(0, dtype=np.int64)))
         folds = [kept for part in parts if len(kept := np.intersect1d(train, part))]
-        rest = np.setdiff1d(train, valid)
-        if len(valid) and len(rest):
-            # Settings are chosen on proteins that the fit for it has not seen, either.
-            twice = [row for row, _, _ in find_leaks(rest, valid, keys)]
-            inner: tuple[tuple[np.ndarray, np.ndarray], ...] = ((np.setdiff1d(rest, twice), valid),)
-        elif len(folds) > 1:
-            inner = tuple((np.setdiff1d(train, part), part) for part in folds)
-        else:
-            inner = _inner(task, groups_P, train, seed)
-        rounds[index] = replace(one, train=train, inner=inner)
+        # Settings are chosen on proteins that the fit for it has not seen, either.
+        inner = []
+        for held in [valid] if len(valid) else folds:
+            rest = np.setdiff1d(train, held)
+            shared = [row for row, _, _ in find_leaks(rest, held, keys)]
+            if len(kept := np.setdiff1d(rest, shared)):
+                inner.append((kept, held))
+                twice.update(shared)
+        rounds[index] = replace(one, train=train, inner=tuple(inner))
+    if not all(one.inner for one in rounds):
+        near_P = joined([groups_P, by_kmers(task.sequences)])
+        for index, one in enumerate(rounds):
+            if not one.inner:  # of one family there are no groups of relatives
+                is_one = len(np.unique(near_P[one.train])) < 2
+                rounds[index] = replace(one, inner=_inner(task, groups_P if is_one else near_P, one.train, seed))
     if dropped:
-        notes = [*notes, f"{len({row for row, _, _ in dropped}):,} proteins of the train side are left out as leaks."]
+        left_out = len({row for row, _, _, _ in dropped})
+        notes = [*notes, f"{left_out:,} proteins of the train side are left out as leaks."]
+    if twice:
+        what = "valid" if len(proteins.get("valid", ())) else "another fold"
+        notes = [
+            *notes,
+            f"{len(twice):,} proteins of the train side are in {what} too: no settings are chosen by them.",
+        ]
     return Plan(tuple(rounds), "the given split", groups_P, tuple(notes), tuple(dropped))
 
 
@@ -230,9 +234,9 @@ def _keys(task: Task, clusters: Path | None) -> tuple[dict[str, np.ndarray], lis
     named = task.clusters
     if clusters is not None:
         named = _cluster_table(clusters, task)
-        if missing := sum(not name for name in named):
-            notes.append(f"{missing:,} of {len(named):,} proteins are not in {clusters}: each is its own cluster.")
     if named is not None:
+        if missing := sum(not name for name in named):
+            notes.append(f"{missing:,} of {len(named):,} proteins have no cluster in {clusters or task.path}.")
         keys["cluster"] = _numbered(named)
     return keys, notes
 
@@ -249,17 +253,23 @@ def _cluster_table(path: Path, task: Task) -> tuple[str, ...]:
     opener: Callable = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
-            of = {row[1]: row[0] for row in csv.reader(file, delimiter="\t") if len(row) > 1}
-    except (OSError, UnicodeDecodeError) as error:
+            pairs = [(row[1], row[0]) for row in csv.reader(file, delimiter="\t") if len(row) > 1]
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a table of cluster and member: {error}.") from None
+    of: dict[str, str] = {}
+    for member, cluster in pairs:
+        if of.setdefault(member, cluster) != cluster:
+            raise UserError(f"{path} has {member!r} in two clusters, {of[member]!r} and {cluster!r}.")
     if not any(id_ in of for id_ in task.ids):
         raise UserError(f"{path} has none of the proteins of {task.path}; its lines are a cluster, a tab and a member.")
-    return tuple(of.get(id_, "") for id_ in task.ids)
+    return tuple("" if (name := of.get(id_, "")).lower() in MISSING else name for id_ in task.ids)
 
 
 def _homology(task: Task) -> tuple[str, np.ndarray, list[str]]:
     if (program := shutil.which("mmseqs")) is not None:
-        return "clusters by MMseqs2 (30% identity over 80%)", _mmseqs(program, task.sequences), []
+        # Its clusters are of like length; a fragment shares 5-mers with what it is of.
+        found_P = joined([_mmseqs(program, task.sequences), by_kmers(task.sequences)])
+        return "clusters by MMseqs2 (30% identity over 80%) and shared 5-mers", found_P, []
     warning = (
         "No clusters are given and MMseqs2 is not installed: proteins are kept together by shared 5-mers, which finds "
         "relatives from about 80% identity on and no distant ones, so that numbers may be too good."
@@ -287,23 +297,35 @@ def _mmseqs(program: str, sequences: Sequence[str]) -> np.ndarray:
 
 def by_kmers(sequences: Sequence[str]) -> np.ndarray:
     """int64 (P,): groups of proteins that share many 5-mers, by single linkage."""
-    from scipy.sparse import coo_matrix, csr_matrix
+    from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    kmers, counts = [], []
+    everyone = np.arange(len(sequences))
+    row, column = near_pairs(sequences, everyone, everyone)
+    graph = coo_matrix((np.ones(len(row), dtype=np.int8), (row, column)), shape=(len(everyone), len(everyone)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def near_pairs(sequences: Sequence[str], some: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of one of `some` and one of `others` that share `KMER_SHARE` of the 5-mers of the one with fewer."""
+    from scipy.sparse import csr_matrix
+
+    kmers = []
     for sequence in sequences:
         letters = np.frombuffer(sequence.encode(), dtype=np.uint8).astype(np.int64) - 65
-        powers = 26 ** np.arange(min(KMER, len(letters)))
-        found = np.unique(np.convolve(letters, powers, "valid"))
-        kmers.append(found)
-        counts.append(len(found))
+        kmers.append(np.unique(np.convolve(letters, 26 ** np.arange(min(KMER, len(letters))), "valid")))
+    counts_P = np.array([len(one) for one in kmers])
     columns = np.unique(np.concatenate(kmers), return_inverse=True)[1]
+    rows = np.repeat(np.arange(len(sequences)), counts_P)
     shape = (len(sequences), int(columns.max()) + 1)
-    rows = np.repeat(np.arange(len(sequences)), counts)
     table = csr_matrix((np.ones(len(rows), dtype=np.int32), (rows, columns)), shape=shape)
     table = table[:, np.asarray(table.sum(axis=0)).ravel() <= KMER_COMMON]
-    shared = (table @ table.T).tocoo()
-    fewer = np.minimum(np.array(counts)[shared.row], np.array(counts)[shared.col])
-    near = shared.data >= KMER_SHARE * fewer
-    graph = coo_matrix((np.ones(near.sum()), (shared.row[near], shared.col[near])), shape=shared.shape)
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    turned, found = table[others].T.tocsr(), []
+    for begin in range(0, len(some), BLOCK):
+        block = some[begin : begin + BLOCK]
+        shared = (table[block] @ turned).tocoo()
+        row, column = block[shared.row], others[shared.col]
+        near = shared.data >= KMER_SHARE * np.minimum(counts_P[row], counts_P[column])
+        found.append(np.stack([row[near], column[near]]))
+    row, column = np.concatenate(found, axis=1)
+    return row, column

@@ -9,6 +9,7 @@ Dimensions: P proteins, R rows (proteins or residues that have a label).
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,8 @@ def read_task(
         raise UserError(f"--kind is one of {', '.join(KINDS)}, not {kind!r}.")
     head, rows = read_table(path)
     found = _Found(path, head, columns)
+    if proteins is not None and found.sequence is not None:
+        raise UserError(f"{path} has a column of sequences ({head[found.sequence]}); leave --proteins out.")
     by_site = found.position is not None
     raw = _by_site(found, rows, proteins, sites, illegal) if by_site else _by_protein(found, rows, illegal)
     level = "residue" if by_site or raw.per_residue else "protein"
@@ -128,7 +131,7 @@ def read_task(
     if raw.without_label:
         notes.append(f"{raw.without_label:,} residues have no label and are left out.")
     splits: tuple[str, ...] | None = tuple(raw.splits) if found.split is not None else None
-    if splits and columns.split is None and head[found.split or 0].lower() == "fold" and not _are_folds(splits):
+    if splits and columns.split is None and head[found.split or 0].lower() == "fold" and not all(map(side, splits)):
         splits = None  # SCOPe's folds, say
         notes.append("The column 'fold' holds no numbers, and is not taken for a split; --split fold would.")
     name = path.name.removesuffix(".gz").rsplit(".", 1)[0] + (f"_{columns.label}" if columns.label else "")
@@ -151,8 +154,16 @@ def read_task(
     return task.proteins(np.unique(task.proteins_R))
 
 
-def _are_folds(splits: tuple[str, ...]) -> bool:
-    return all(value.lower().removeprefix("fold").strip(" _-").isdigit() for value in splits)
+def side(value: str) -> str:
+    """Of a split: `train`, `valid`, `fold N`, or for a test set its own name; '' where it is none of them."""
+    name = value.strip().lower()
+    if name.startswith("train"):
+        return "train"
+    if name in ("valid", "val", "validation", "dev", "eval"):
+        return "valid"
+    if number := re.fullmatch(r"(?:fold|cv|part)?[ _-]*(\d+)", name):
+        return f"fold {int(number[1])}"
+    return value if "test" in name or name in ("independent", "holdout", "held-out") else ""
 
 
 class _Found:
@@ -217,13 +228,18 @@ class _Raw:
         self.sequences.append(sequence)
         self.lines.append(line)
         self.splits.append(cells[found.split] if found.split is not None else "")
-        self.clusters.append(cells[found.cluster] if found.cluster is not None else "")
+        self.clusters.append(_cluster(found, cells))
         return len(self.ids) - 1
 
     def label(self, protein: int, position: int, line: int, text: str) -> None:
         self.proteins.append(protein)
         self.positions.append(position)
         self.labels.append((line, text))
+
+
+def _cluster(found: _Found, cells: list[str]) -> str:
+    name = cells[found.cluster] if found.cluster is not None else ""
+    return "" if name.lower() in MISSING else name
 
 
 def _by_protein(found: _Found, rows: Iterator[tuple[int, list[str]]], illegal: str) -> _Raw:
@@ -293,6 +309,10 @@ def _by_site(
         number = numbers[key]
         if raw.sequences[number] != sequence:
             raise UserError(f"{where}: {id_} has another sequence than in line {raw.lines[number]}.")
+        if cluster := _cluster(found, cells):
+            raw.clusters[number] = raw.clusters[number] or cluster
+            if raw.clusters[number] != cluster:
+                raise UserError(f"{where}: {id_} is in cluster {cluster}, and before in {raw.clusters[number]}.")
         place = _place(where, id_, sequence, cells[found.position], found, cells)
         if (number, place) in seen:
             raise UserError(f"{where}: {id_} has position {place + 1} twice, before in line {seen[number, place]}.")

@@ -28,7 +28,7 @@ def metrics(scores_V: np.ndarray, measured_V: np.ndarray, is_fit_V: np.ndarray |
     Without `is_fit_V` a variant is fit when its measurement is above the median. Raises `UserError` without the extra
     `judge`.
     """
-    require_judge()
+    require_judge("scipy", "sklearn")
     from scipy.stats import spearmanr
     from sklearn.metrics import matthews_corrcoef, ndcg_score, recall_score, roc_auc_score
 

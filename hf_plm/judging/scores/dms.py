@@ -8,6 +8,7 @@ metrics are always computed from these files, so that a stopped run gives what a
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_plm.config import UserError
-from hf_plm.judging.findings import home, write_findings
+from hf_plm.judging.findings import home, write_findings, write_whole
 from hf_plm.judging.requirements import require_judge
 from hf_plm.judging.scores.agreement import METRICS, averages, blosum62, metrics
 from hf_plm.judging.scores.marginals import Progress, num_residues, num_split, score_variants
-from hf_plm.judging.scores.variants import Table, Variant, find_variants, read_table, write_table, write_whole
+from hf_plm.judging.scores.variants import Table, Variant, find_variants, read_table, write_table
 from hf_plm.lock import locked
 from hf_plm.models.masked_lm import MaskedLM
 from hf_plm.proteins.fasta import IllegalResidueError, clean
@@ -120,7 +121,6 @@ def find_assays(folder: Path, reference: Path | None = None) -> tuple[list[Assay
         if not path.is_file():
             missing.append(row["DMS_id"])
             continue
-        cutoff = row.get("DMS_binarization_cutoff", "").strip()
         where = f"target_seq of {row['DMS_id']}"
         found.append(
             Assay(
@@ -128,7 +128,7 @@ def find_assays(folder: Path, reference: Path | None = None) -> tuple[list[Assay
                 row["UniProt_ID"],
                 row["coarse_selection_type"],
                 _residues(row["target_seq"], where),
-                float(cutoff) if cutoff else None,
+                _cutoff(row, "DMS_id", "DMS_binarization_cutoff"),
                 lambda path=path: read_table(path),  # type: ignore[misc]
             )
         )
@@ -142,7 +142,19 @@ def _reference(path: Path) -> list[dict[str, str]]:
     needed = {"DMS_id", "DMS_filename", "UniProt_ID", "target_seq", "coarse_selection_type"}
     if missing := sorted(needed - rows[0].keys()):
         raise UserError(f"{path} should be ProteinGym's {REFERENCE}, but lacks {', '.join(missing)}.")
+    _check_names(path, [row["DMS_id"] for row in rows])
     return rows
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Raises `UserError` for names of assays that are no names of files, or of one file."""
+    seen = {"summary"}  # the result's own
+    for name in names:
+        if not name.strip() or name.startswith(".") or len(name) > 200 or {"/", "\\", "\0"} & set(name):
+            raise UserError(f"{path}: {name[:60]!r} cannot be the name of an assay, since its scores are a file of it.")
+        if name.lower() in seen:
+            raise UserError(f"{path}: the assay {name} is there twice, or has the name of another file (summary).")
+        seen.add(name.lower())
 
 
 def _as_dicts(table: Table) -> list[dict[str, str]]:
@@ -153,6 +165,7 @@ def _of_tables(assays_path: Path, variants_path: Path, coarse: dict[str, str]) -
     rows = _as_dicts(read_table(assays_path))
     if missing := sorted({"assay", "uniprot", "selection", "wt_sequence"} - rows[0].keys()):
         raise UserError(f"{assays_path} lacks {', '.join(missing)}.")
+    _check_names(assays_path, [row["assay"] for row in rows])
     table = read_table(variants_path)
     column = table.find("assay")
     if column is None:
@@ -177,7 +190,6 @@ def _of_tables(assays_path: Path, variants_path: Path, coarse: dict[str, str]) -
         if not places[name]:
             raise UserError(f"{variants_path} has no variant of {name}.")
         selection = coarse.get(name) or COARSE.get(assay["selection"].lower(), assay["selection"])
-        cutoff = assay.get("binarization_cutoff", "").strip()
         residues = _residues(assay["wt_sequence"], f"wt_sequence of {name}")
         found.append(
             Assay(
@@ -185,11 +197,22 @@ def _of_tables(assays_path: Path, variants_path: Path, coarse: dict[str, str]) -
                 assay["uniprot"],
                 selection,
                 residues,
-                float(cutoff) if cutoff else None,
+                _cutoff(assay, "assay", "binarization_cutoff"),
                 lambda name=name: part(name),  # type: ignore[misc]
             )
         )
     return found
+
+
+def _cutoff(row: dict[str, str], name: str, column: str) -> float | None:
+    text = row.get(column, "").strip()
+    try:
+        cutoff = float(text) if text else None
+    except ValueError:
+        cutoff = math.nan
+    if cutoff is not None and not math.isfinite(cutoff):
+        raise UserError(f"{column} of {row[name]} should be a number, not {text!r}.")
+    return cutoff
 
 
 def _residues(sequence: str, where: str) -> bytes:
@@ -208,28 +231,29 @@ def run_dms(
     Raises `UserError` before anything is computed where a table does not fit, or `out` holds scores of another model
     or method.
     """
-    require_judge()
+    require_judge("scipy", "sklearn")
     if missing:
         print(f"Left out, since the folder has no file of them: {len(missing):,} of the reference ({missing[0]} ...)")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out / ".lock", f"scores into {out}"):
-            _claim(out, {"method": method, **{key: value for key, value in model.facts.items() if key != "model"}})
-            todo = [assay for assay in assays if not _scores_path(out, assay).is_file()]
-            if len(todo) < len(assays):
-                print(f"{len(assays) - len(todo):,} of {len(assays):,} assays have their scores already.")
-            total = 0
-            for assay in todo:  # what is wrong with any of them is told now
-                total += num_residues(assay.residues, assay.read().variants, method, model.limit)
-            with Progress(f"{len(todo):,} assays", total) as progress:
-                for assay in todo:
-                    _score(model, assay, method, _scores_path(out, assay), progress)
-            rows = [_judge(assay, _scores_path(out, assay), method, model.limit) for assay in assays]
-            plain = {"dms": name, "method": method, "missing": missing, **summarize(rows), "assays": rows}
-            write_table(out / "summary.csv", list(rows[0]), [list(row.values()) for row in rows])
+        lock = locked(out / ".lock", f"scores into {out}")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}.") from None
-    for path in (out / "findings.json", home(where, "dms", name)):
+    with lock:
+        _claim(out, {"method": method, **{key: value for key, value in model.facts.items() if key != "model"}})
+        todo = [assay for assay in assays if not _scores_path(out, assay).is_file()]
+        if len(todo) < len(assays):
+            print(f"{len(assays) - len(todo):,} of {len(assays):,} assays have their scores already.")
+        total = 0
+        for assay in todo:  # what is wrong with any of them is told now
+            total += num_residues(assay.residues, assay.read().variants, method, model.limit)
+        with Progress(f"{len(todo):,} assays", total) as progress:
+            for assay in todo:
+                _score(model, assay, method, _scores_path(out, assay), progress)
+        rows = [_judge(assay, _scores_path(out, assay), method, model.limit) for assay in assays]
+        plain = {"dms": name, "method": method, "missing": missing, **summarize(rows), "assays": rows}
+        write_table(out / "summary.csv", list(rows[0]), [list(row.values()) for row in rows])
+    for path in (out / "findings.json", home(where, "dms", f"{name}-{method}")):
         if path is not None:
             write_findings(path, "dms", [model.facts], plain)
     return plain
@@ -245,13 +269,15 @@ def _claim(out: Path, request: dict[str, str]) -> None:
     """Take a folder for one model and method, or find that it is theirs."""
     path = out / REQUEST
     if not path.is_file():
+        if strange := [one.name for one in out.iterdir() if not one.name.startswith(".")]:
+            raise UserError(f"{out} holds files that are no scores of --dms ({min(strange)}); name another --out.")
         write_whole(path, json.dumps(request, indent=1).encode())
         return
     try:
         was = json.loads(path.read_text(encoding="utf-8"))
         different = [key for key in sorted(was.keys() | request.keys()) if was.get(key) != request.get(key)]
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is damaged; remove {out} or name another --out.") from None
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged or cannot be read; remove {out} or name another --out.") from None
     if different:
         key = different[0]
         raise UserError(
@@ -296,26 +322,43 @@ def _judge(assay: Assay, path: Path, method: str, limit: int) -> dict[str, Any]:
     }
 
 
-def quick_dms(
-    model: MaskedLM, assays: Sequence[Assay], per_assay: int = 500, method: str = "wild-type"
-) -> dict[str, float]:
-    """Averages on some variants of each assay, always the same ones: for a look during training.
+class Drawn(NamedTuple):
+    """Some variants of an assay, and what was measured of them."""
+
+    assay: Assay
+    variants: list[Variant]
+    scores_V: np.ndarray
+
+
+def read_quick(assays: Sequence[Assay], per_assay: int, seed: int = 0) -> list[Drawn]:
+    """`per_assay` variants of each, read at once, for `quick_dms`; always the same ones for a seed.
+
+    Raises `UserError` where a table does not fit its protein, or the extra `judge` is missing.
+    """
+    require_judge("scipy", "sklearn")
+    drawn = []
+    for assay in assays:
+        measured = assay.read()
+        size = min(per_assay, len(measured.variants))
+        chosen_V = np.sort(np.random.default_rng(seed).choice(len(measured.variants), size, replace=False))
+        drawn.append(Drawn(assay, [measured.variants[index] for index in chosen_V], measured.scores_V[chosen_V]))
+    return drawn
+
+
+def quick_dms(model: MaskedLM, drawn: Sequence[Drawn], method: str = "wild-type") -> dict[str, float]:
+    """Averages on what `read_quick` has drawn: for a look during training.
 
     `dms_spearman`, its `dms_blosum62_spearman`, and `dms_spearman/ASSAY`. By `wild-type` an assay costs one forward
     pass, or one for each mutated position where the protein is longer than the model takes.
     """
     rows, found = [], {}
-    for assay in assays:
-        measured = assay.read()
-        size = min(per_assay, len(measured.variants))
-        chosen = np.sort(np.random.default_rng(0).choice(len(measured.variants), size, replace=False))
-        variants = [measured.variants[index] for index in chosen]
+    for assay, variants, measured_V in drawn:
         row: dict[str, Any] = {"uniprot": assay.uniprot, "selection": assay.selection}
         for prefix, scores_V in (
             ("", score_variants(model, assay.residues, variants, method)),
             ("blosum62_", blosum62(variants)),
         ):
-            row[f"{prefix}spearman"] = metrics(scores_V, measured.scores_V[chosen])["spearman"]
+            row[f"{prefix}spearman"] = metrics(scores_V, measured_V)["spearman"]
         rows.append(row)
         found[f"dms_spearman/{assay.name}"] = row["spearman"]
     return {f"dms_{name}": averages(rows, name)["mean"] for name in ("spearman", "blosum62_spearman")} | found

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_plm.config import UserError
 from hf_plm.judging.scores.marginals import Count, marginals, num_residues
-from hf_plm.judging.scores.variants import Substitution, write_table
+from hf_plm.judging.scores.variants import Substitution, read_proteins, write_table
 from hf_plm.models.masked_lm import LETTER_INDEX, LETTERS, MaskedLM
 
 if TYPE_CHECKING:
@@ -21,15 +21,23 @@ GROUPS = ("AVILM", "FWY", "STNQ", "CGP", "DE", "KRH")
 """Rows of the heat map by chemistry: aliphatic, aromatic, polar, special, acidic, basic."""
 
 
+def read_scannable(path: Path) -> list[tuple[str, bytes]]:
+    """`read_proteins`, and raises `UserError` for a record without one standard residue."""
+    proteins = read_proteins(path)
+    for number, (name, residues) in enumerate(proteins, start=1):
+        if (LETTER_INDEX[np.frombuffer(residues, dtype=np.uint8)] < 0).all():
+            raise UserError(f"{path}, record {number} ({name}) has no standard residue, so there is nothing to scan.")
+    return proteins
+
+
 def scan(model: MaskedLM, residues: bytes, method: str = "masked", count: Count = lambda _: None) -> np.ndarray:
     """fp64 (N, A): log p(letter) - log p(wild type) in nats, 0 at the wild type; NaN where that is none of the 20.
 
-    Raises `UserError` for a protein without one standard residue.
+    One residue at least is standard, as `read_scannable` sees to.
     """
     columns_N = LETTER_INDEX[np.frombuffer(residues, dtype=np.uint8)]
     places_P = np.flatnonzero(columns_N >= 0)
-    if not len(places_P):
-        raise UserError(f"{residues[:20].decode()} has no standard residue, so there is nothing to scan.")
+    assert len(places_P)
     scores_NA = np.full((len(residues), len(LETTERS)), np.nan)
     log_probs_PA = marginals(model, residues, places_P, method, count).astype(np.float64)
     scores_NA[places_P] = log_probs_PA - np.take_along_axis(log_probs_PA, columns_N[places_P, None], axis=1)

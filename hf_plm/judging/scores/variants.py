@@ -9,7 +9,6 @@ import contextlib
 import csv
 import gzip
 import io
-import os
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from Bio.Data.IUPACData import protein_letters_3to1
 
 from hf_plm.config import UserError
+from hf_plm.judging.findings import write_whole
 from hf_plm.proteins.fasta import IllegalResidueError, clean, read_fasta
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
 
@@ -123,21 +123,6 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
         writer.writerows(rows)
         data = text.getvalue().encode()
     write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all. Raises `UserError` where it cannot be written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def read_proteins(path: Path) -> list[tuple[str, bytes]]:
