@@ -22,9 +22,10 @@ from hf_plm.judging.contacts.fit import (
     fitted_on,
     logistic_l1,
     quick_contacts,
+    read_quick,
     split,
 )
-from hf_plm.judging.contacts.maps import contact_figure
+from hf_plm.judging.contacts.maps import Protein, contact_figure, write_contacts
 from hf_plm.judging.contacts.precision import as_table, evaluate_contacts, means, precisions, verdict
 from hf_plm.judging.contacts.predictor import far_pairs, open_contact_predictor, windows
 from hf_plm.judging.contacts.structures import Structure, read_structures
@@ -239,7 +240,9 @@ def test_a_planted_head_is_found(sharp):
     fitted, others = split(read_structures(path), 8, 0, predictor.limit)
     regression = fit_regression(predictor, fitted)
     assert np.argmax(regression.weights_C) == HEAD
-    numbers = quick_contacts(predictor.model, predictor.spelling, read_structures(path), 8, 6)
+    halves = read_quick(read_structures(path), 8, 5, 0, predictor.limit)
+    assert list(map(len, halves)) == [8, 5]
+    numbers = quick_contacts(predictor.model, predictor.spelling, *halves)
     assert numbers["contacts_long"] > 0.9
     assert numbers["contacts_long_chance"] < 0.2
     draw = np.random.default_rng(0)
@@ -247,9 +250,15 @@ def test_a_planted_head_is_found(sharp):
         structure_of(one.residues, draw.permutation(far_pairs(len(one.residues)))[: len(one.pairs_P2)], one.id)
         for one in fitted + others
     ]
-    numbers = quick_contacts(predictor.model, predictor.spelling, shuffled, 8, 6)
+    halves = read_quick(shuffled, 8, 20, 0, predictor.limit)
+    assert list(map(len, halves)) == [8, 6]
+    numbers = quick_contacts(predictor.model, predictor.spelling, *halves)
     assert numbers["contacts_long"] < 0.3
     assert not predictor.is_fitted  # it only asked
+    with pytest.raises(UserError, match="none is left to judge them by"):
+        read_quick(fitted, 8, 5, 0, predictor.limit)
+    with pytest.raises(UserError, match="there are 5 different ones"):
+        read_quick(fitted[:5], 8, 5, 0, predictor.limit)
 
 
 def test_the_penalty_leaves_out_maps_that_know_nothing_and_nobody_warns():
@@ -330,10 +339,33 @@ def test_a_protein_is_never_on_both_sides(predictor):
         split(structures, 1, 0, 29)
 
 
-def run(*words):
+def test_contacts_that_no_coordinates_show_are_none(predictor, tmp_path):
+    hidden_N = np.ones(30, dtype=bool)
+    hidden_N[20] = False
+    some = [structure_of(f"{letter * 29}K".encode(), [[0, 20]], letter, resolved=hidden_N) for letter in "ACDEF"]
+    with pytest.raises(UserError, match="there are 0 different ones"):
+        split(some, 1, 0, 1022)
+    with pytest.raises(UserError, match=r"None of the 1,\d+ pairs .* touch"):
+        fit_regression(predictor, some)
+    seen = [structure_of(one.residues, one.pairs_P2, one.id) for one in some]
+    assert len(split(seen, 5, 0, 1022)[0]) == 5
+    assert fit_regression(predictor, seen).num_pairs == 5 * len(far_pairs(30))
+    with pytest.raises(UserError, match="All of the 1 pairs"):
+        fit_regression(predictor, [structure_of(b"MKTAYIA", [[0, 6]])])
+
+
+@pytest.mark.gpu
+def test_a_head_fitted_on_a_gpu_is_stored(sharp, tmp_path):
+    folder, path, _ = sharp
+    out = tmp_path / "with_contacts"
+    run(folder, "--fit", path, "--proteins", 8, "--out", out, device="cuda")
+    assert read_findings(tmp_path / "with_contacts-contacts.json")["means"]["all"]["long P@L"]["mean"] > 0.9
+
+
+def run(*words, device="cpu"):
     parser = argparse.ArgumentParser()
     command.add(parser.add_subparsers())
-    parsed = parser.parse_args(["contacts", *map(str, words), "--device", "cpu"])
+    parsed = parser.parse_args(["contacts", *map(str, words), "--device", device])
     parsed.run(parsed, [])
 
 
@@ -408,6 +440,36 @@ def test_maps_of_proteins_as_files(folder, tmp_path, capsys):
     assert not list((tmp_path / "npz").glob("*.png"))
     with pytest.raises(UserError, match="is there already"):
         run(folder, fasta, "--out", tmp_path / "npz")
+    (tmp_path / "npz" / "proteins.csv").unlink()
+    with pytest.raises(UserError, match=r"is there, without proteins\.csv: what wrote it was stopped"):
+        run(folder, fasta, "--out", tmp_path / "npz")
+
+
+def test_pairs_are_counted_and_written_row_by_row(monkeypatch, predictor, tmp_path):
+    monkeypatch.setattr(predictor, "limit", 60)
+    residues = (UBIQUITIN * 2).encode()
+    write_contacts(predictor, [Protein("long", residues)], tmp_path / "out", has_pictures=False)
+    map_NN, pairs_P2 = predictor.probabilities(residues), far_pairs(len(residues))
+    known_P2 = pairs_P2[np.isfinite(map_NN[tuple(pairs_P2.T)])]
+    (index,) = csv.DictReader((tmp_path / "out" / "proteins.csv").open())
+    assert (int(index["pairs"]), int(index["pairs_not_predicted"])) == (len(known_P2), len(pairs_P2) - len(known_P2))
+    assert 0 < len(known_P2) < len(pairs_P2)
+    rows = csv.DictReader((tmp_path / "out" / "long.csv").open())
+    assert [(int(row["i"]) - 1, int(row["j"]) - 1) for row in rows] == [tuple(pair) for pair in known_P2.tolist()]
+
+
+def test_a_protein_too_long_for_a_map_is_told_before_anything_is_computed(predictor, folder, tmp_path):
+    fasta = tmp_path / "titin.fasta"
+    fasta.write_text(f">a\nMKTAYIAK\n>titin\n{'M' * 35213}\n>b\n{'M' * 5001}\n")
+    with pytest.raises(UserError, match=r"record 2 \(titin\), has 35,213 residues \(and 1 more are .* at most 5,000"):
+        run(folder, fasta, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    path = write_list(tmp_path / "long.jsonl.gz", [structure_of(b"M" * 5001, [[0, 30]])])
+    for words in (("--evaluate", path), ("--fit", path, "--out", tmp_path / "out"), (path, "--out", tmp_path / "out")):
+        with pytest.raises(UserError, match=r"long\.jsonl\.gz, one, has 5,001 residues; "):
+            run(folder, *words)
+    with pytest.raises(UserError, match="The protein that begins MMM"):
+        predictor.probabilities(b"M" * 5001)
 
 
 def test_the_picture_has_the_model_above_and_the_structure_below():
@@ -543,6 +605,12 @@ def test_mistakes_are_told(folder, unfitted, tmp_path):
         ((folder, fasta, "--fit", structures, *out), "a command of its own"),
         ((folder, fasta, "--format", "pdb", *out), "--format is one of csv, npz"),
         ((folder, fasta, "--threads", 0, *out), "--threads"),
+        ((folder, fasta, "--sets", "few", *out), "--sets goes with --fit and --evaluate"),
+        ((folder, fasta, "--seed", 0, *out), "--seed goes with --fit"),
+        ((folder, "--evaluate", structures, "--proteins", 0), "--proteins goes with --fit"),
+        ((folder, "--evaluate", structures, "--format", "csv"), "--format goes with proteins to predict for"),
+        ((unfitted, "--fit", structures, "--no-pictures", *out), "--no-pictures goes with proteins"),
+        ((unfitted, "--fit", structures, "--evaluate", structures, "--sets", "many", *out), "has no set 'many'"),
         ((folder, tmp_path / "none.fasta", *out), "There is no file"),
         ((folder, tmp_path / "dash.fasta", *out), r"dash\.fasta, record 2 \(b\)"),
         ((tmp_path / "protbert", fasta, *out), "has no contact head"),

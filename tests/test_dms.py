@@ -15,7 +15,7 @@ import torch
 from hf_plm.config import UserError
 from hf_plm.judging.findings import read_findings
 from hf_plm.judging.scores.agreement import METRICS, averages, blosum62, metrics
-from hf_plm.judging.scores.dms import find_assays, quick_dms, run_dms
+from hf_plm.judging.scores.dms import find_assays, quick_dms, read_quick, run_dms
 from hf_plm.judging.scores.variants import parse
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.masked_lm import LETTERS, open_masked_lm
@@ -212,6 +212,69 @@ def test_files_that_are_not_there(model, benchmark, tmp_path, capsys):
         find_assays(benchmark, tmp_path / "bad.csv")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("DMS_id", "ASSAY_0", "the assay ASSAY_0 is there twice"),
+        ("DMS_id", "Summary", "the name of another file"),
+        ("DMS_id", "../assay_1", "'../assay_1' cannot be the name of an assay"),
+        ("DMS_id", "..", "cannot be the name of an assay"),
+        ("DMS_binarization_cutoff", "median", "DMS_binarization_cutoff of assay_1 should be a number, not 'median'"),
+        ("DMS_binarization_cutoff", "inf", "of assay_1 should be a number"),
+    ],
+)
+def test_a_reference_that_cannot_be_meant(benchmark, column, value, message):
+    table = pd.read_csv(benchmark / "DMS_substitutions.csv", dtype=str)
+    table.loc[1, column] = value
+    table.to_csv(benchmark / "DMS_substitutions.csv", index=False)
+    with pytest.raises(UserError, match=message):
+        find_assays(benchmark)
+
+
+def test_two_tables_that_cannot_be_meant(tmp_path):
+    (tmp_path / "dms_single.csv").write_text("assay,mutant,score\na,K2A,1\nA,K2C,2\n")
+    head = "assay,uniprot,selection,binarization_cutoff,wt_sequence\n"
+    (tmp_path / "dms_assays.csv").write_text(f"{head}a,P,Activity,,MKT\nA,P,Activity,,MKT\n")
+    with pytest.raises(UserError, match="the assay A is there twice"):
+        find_assays(tmp_path)
+    (tmp_path / "dms_assays.csv").write_text(f"{head}a,P,Activity,low,MKT\nb,P,Activity,,MKT\n")
+    (tmp_path / "dms_single.csv").write_text("assay,mutant,score\na,K2A,1\nb,K2C,2\n")
+    with pytest.raises(UserError, match="binarization_cutoff of a should be a number, not 'low'"):
+        find_assays(tmp_path)
+
+
+def test_a_reader_that_went_away_is_no_fault_of_the_folder(model, benchmark, tmp_path, monkeypatch):
+    run(model, benchmark, tmp_path / "out", "wild-type")
+
+    class Closed:
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    with pytest.raises(BrokenPipeError):  # which the command line answers by leaving
+        run(model, benchmark, tmp_path / "out", "wild-type")
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        run(model, benchmark, tmp_path / "file" / "out", "wild-type")
+
+
+def test_a_quick_look_is_drawn_at_once(model, benchmark):
+    assays, _ = find_assays(benchmark)
+    drawn = read_quick(assays, 50)
+    assert [(one.assay.name, len(one.variants)) for one in drawn] == [(f"assay_{n}", 50) for n in range(NUM_ASSAYS)]
+    whole = drawn[0].assay.read()
+    measured = dict(zip(whole.variants, whole.scores_V, strict=True))
+    assert drawn[0].scores_V.tolist() == [measured[one] for one in drawn[0].variants]
+    assert drawn[0].variants != read_quick(assays[:1], 50, seed=1)[0].variants
+    for path in benchmark.glob("assay_*.csv"):
+        path.unlink()
+    found = quick_dms(model, drawn)
+    assert set(found) == {"dms_spearman", "dms_blosum62_spearman", *(f"dms_spearman/{one.name}" for one in assays)}
+    with pytest.raises(UserError, match=r"assay_0\.csv cannot be read"):
+        read_quick(assays, 50)
+
+
 def test_a_killed_run_goes_on_to_the_same_result(model, hub, tmp_path):
     folder = write_benchmark(tmp_path / "gym", num_assays=12)
     whole = run(model, folder, tmp_path / "whole")
@@ -247,8 +310,8 @@ def test_two_tables_of_real_assays(model, real_data, benchmark, tmp_path):
     measured = chosen[0].read()
     assert len(measured.mutants) == 989
     assert 0.3 < metrics(blosum62(measured.variants), measured.scores_V, measured.is_fit_V)["spearman"] < 0.6
-    quick = quick_dms(model, chosen, per_assay=50)
-    assert quick == quick_dms(model, chosen, per_assay=50)
+    quick = quick_dms(model, read_quick(chosen, 50))
+    assert quick == quick_dms(model, read_quick(chosen, 50))
     assert set(quick) == {
         *("dms_spearman", "dms_blosum62_spearman"),
         *(f"dms_spearman/{assay.name}" for assay in chosen),

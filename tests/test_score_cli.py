@@ -57,7 +57,7 @@ def test_a_table_comes_back_with_one_column_more(run_folder, here, capsys):
     assert "4 variants of wild/type (20 residues), masked: 5 forward passes" in printed
     assert "without a measurement: 1 of 4 rows" in printed
     assert "BLOSUM62" in printed
-    kept = read_findings(run_folder / "findings" / "score-v.json")
+    kept = read_findings(run_folder / "findings" / "score-v-wild_type-masked.json")
     assert (kept["kind"], kept["variants"], kept["measured"]) == ("score", 4, 3)
     assert kept["blosum62"]["spearman"] is not None
 
@@ -75,13 +75,13 @@ def test_a_scan_has_all_substitutions_and_a_picture(run_folder, here, capsys):
     picture = matplotlib.image.imread("scan.png")
     assert picture.shape[0] > 200
     assert picture.std() > 0.05
-    kept = read_findings(run_folder / "findings" / "scan-wild_type.json")
+    kept = read_findings(run_folder / "findings" / "scan-wild_type-masked.json")
     assert np.shape(kept["scores_NA"]) == (20, 20)
 
     (here / "v.csv").write_text("mutant\n" + "\n".join(row[0] for row in rows[1:]))
     run(run_folder, "--wild-type", "p.fasta", "--variants", "v.csv")
     np.testing.assert_allclose(
-        [float(row[-1]) for row in rows_of("scores.csv")[1:]], [float(row[-1]) for row in rows[1:]], atol=1e-4
+        [float(row[-1]) for row in rows_of("variant_scores.csv")[1:]], [float(row[-1]) for row in rows[1:]], atol=1e-4
     )
 
 
@@ -92,6 +92,8 @@ def test_several_proteins_get_a_pair_each(run_folder, here):
         f"{name}.{kind}" for name in ("_c", "a_b", "a_b_2") for kind in ("csv", "png")
     ]
     assert len(rows_of("scans/a_b_2.csv")) == 1 + 190
+    kept = [read_findings(run_folder / "findings" / f"scan-{name}-wild-type.json") for name in ("a_b", "a_b_2", "_c")]
+    assert [one["residues"] for one in kept] == ["MKT", "MKTAYIAKQR", "MK"]
 
 
 def test_a_benchmark(run_folder, here, capsys):
@@ -100,10 +102,40 @@ def test_a_benchmark(run_folder, here, capsys):
     printed = capsys.readouterr().out
     assert "assay_1" in printed
     assert "standard error" in printed
-    assert (here / "dms" / "summary.csv").is_file()
-    assert read_findings(run_folder / "findings" / "dms-gym.json")["averages"]["spearman"]["mean"] is not None
+    assert (here / "dms_scores" / "summary.csv").is_file()
+    assert read_findings(run_folder / "findings" / "dms-gym-wild-type.json")["averages"]["spearman"]["mean"] is not None
     run(run_folder, "--dms", "gym", "--method", "wild-type")
     assert "2 of 2 assays have their scores already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_read_is_not_written_even_by_default(run_folder, here, link):
+    (here / "v.tsv").rename("variant_scores.csv")
+    (here / "p.fasta").rename("scan.csv")
+    write_benchmark(here / "dms_scores", num_assays=1)
+    words = ["variant_scores.csv", "scan.csv", "dms_scores"]
+    if link:
+        for index, name in enumerate(words):
+            (here / f"link{index}").symlink_to(name)
+        words = ["link0", "link1", "link2"]
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    table, fasta, folder = words
+    for request in (("--variants", table, "--wild-type", fasta), ("--scan", fasta), ("--dms", folder)):
+        with pytest.raises(UserError, match="would be written, but is what is read"):
+            run(run_folder, *request)
+    (here / "other").mkdir()
+    (here / "other" / "assay_0.csv").write_text("of the user's")
+    with pytest.raises(UserError, match=r"holds files that are no scores of --dms \(assay_0\.csv\)"):
+        run(run_folder, "--dms", folder, "--out", "other")
+    (here / "other" / "assay_0.csv").unlink()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_protein_that_cannot_be_scanned_is_told_before_the_others_are(run_folder, here):
+    (here / "many.fasta").write_text(">a\nMKT\n>unknown\nXXX\n>c\nMK\n")
+    with pytest.raises(UserError, match=r"many\.fasta, record 2 \(unknown\) has no standard residue"):
+        run(run_folder, "--scan", "many.fasta")
+    assert not (here / "scan").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +146,8 @@ def test_a_benchmark(run_folder, here, capsys):
         ("--scan p.fasta --reference v.tsv", "--reference goes with --dms"),
         ("--scan p.fasta --method pseudo-likelihood", "--scan takes --method masked or wild-type"),
         ("--scan p.fasta --out scan.png", r"--out of a scan is a \.csv file"),
-        ("--scan p.fasta --out p.fasta", "--out p.fasta is what is read"),
+        ("--scan p.fasta --out p.fasta", "p.fasta would be written, but is what is read"),
+        ("--variants v.tsv --wild-type p.fasta --out p.fasta/x.csv", "p.fasta/x.csv cannot be written: Not a dir"),
         ("--variants v.tsv --wild-type none.fasta", "There is no file none.fasta"),
         ("--variants v.tsv --wild-type p.fasta --offset 1", r"line 2: K2A: the wild type has M at position 1 \(2 less"),
     ],

@@ -7,9 +7,6 @@ from pathlib import Path
 from hf_plm.cli.process import quick_imports
 from hf_plm.config import UserError
 
-NUM_PROTEINS = 20
-"""As in hf_plm.judging.contacts.fit, which imports torch."""
-
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     contacts = commands.add_parser(
@@ -63,6 +60,7 @@ def _contacts(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     with quick_imports():
         import torch
 
+        from hf_plm.judging.contacts.fit import NUM_PROTEINS
         from hf_plm.judging.contacts.job import Judged, fit_contacts, judge_contacts, predict_contacts
 
     if parsed.threads:

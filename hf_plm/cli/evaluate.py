@@ -107,7 +107,7 @@ def _report(found: dict[str, Any]) -> list[str]:
     ]
     for count, text in (
         (data["cropped"], f"longer than {found['protocol']['crop_residues']:,} residues: one window of each"),
-        (data["repeated"], "sequences that came before: left out"),
+        (data["repeated"], "repeated sequences left out"),
         (data["rejected"], "rejected, listed in the JSON"),
         (data["j_to_x"], "J read as X"),
         (data["illegal_to_x"], "illegal characters read as X"),

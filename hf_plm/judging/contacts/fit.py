@@ -136,8 +136,8 @@ def read_quick(
     fitted, others = split(short, num_fit, seed, limit)
     if not others:
         raise UserError(
-            f"The {len(short)} structures of at most {LONGEST_OF_QUICK} residues are needed to fit contacts on, and none "
-            "is left to judge them by; give more."
+            f"The {len(short)} structures of at most {LONGEST_OF_QUICK} residues are needed to fit contacts on, and "
+            "none is left to judge them by; give more."
         )
     return fitted, _in_hash_order(others, seed)[:num_test]
 

@@ -9,6 +9,7 @@ import numpy as np
 from hf_plm.config import UserError
 from hf_plm.judging.contacts.fit import (
     INVERSE_PENALTY,
+    NUM_PROTEINS,
     card_of,
     check_apart,
     fit_regression,
@@ -37,7 +38,7 @@ class Judged:
     fit: Path | None = None
     evaluate: Path | None = None
     sets: tuple[str, ...] = ()
-    num_proteins: int = 20
+    num_proteins: int = NUM_PROTEINS
     seed: int = 0
     out: Path | None = None  # the new model's folder; without `fit` the file of the findings
     device: str = "auto"

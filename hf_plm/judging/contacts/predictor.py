@@ -160,10 +160,10 @@ def check_lengths(lengths: Iterable[tuple[str, int]]) -> None:
     """Raises `UserError` where one of the named proteins is too long for a map of all its pairs."""
     long = [(name, length) for name, length in lengths if length > LONGEST]
     if long:
-        others = f", and so have {len(long) - 1:,} others" if len(long) > 1 else ""
+        others = f" (and {len(long) - 1:,} more are too long)" if len(long) > 1 else ""
         raise UserError(
-            f"{long[0][0]} has {long[0][1]:,} residues{others}; contacts are predicted of at most {LONGEST:,}, since the "
-            "map of more does not fit the memory: take them out, or cut them into domains."
+            f"{long[0][0]} has {long[0][1]:,} residues{others}; contacts are predicted of at most {LONGEST:,}, since "
+            "memory grows with their square: take such proteins out, or cut them into domains."
         )
 
 
