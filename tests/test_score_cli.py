@@ -147,7 +147,7 @@ def test_a_protein_that_cannot_be_scanned_is_told_before_the_others_are(run_fold
         ("--scan p.fasta --method pseudo-likelihood", "--scan takes --method masked or wild-type"),
         ("--scan p.fasta --out scan.png", r"--out of a scan is a \.csv file"),
         ("--scan p.fasta --out p.fasta", "p.fasta would be written, but is what is read"),
-        ("--variants v.tsv --wild-type p.fasta --out p.fasta/x.csv", "p.fasta/x.csv cannot be written: Not a dir"),
+        ("--variants v.tsv --wild-type p.fasta --out p.fasta/x.csv", "p.fasta/x.csv cannot be written"),
         ("--variants v.tsv --wild-type none.fasta", "There is no file none.fasta"),
         ("--variants v.tsv --wild-type p.fasta --offset 1", r"line 2: K2A: the wild type has M at position 1 \(2 less"),
     ],

@@ -128,7 +128,12 @@ def contact_figure(title: str, map_NN: np.ndarray, structure: Structure | None =
     # A weak model gives 0.05 at most: the scale follows it down, but not so far that noise looks like contacts.
     top = max(FAINTEST_TOP, float(np.nanmax(shown_NN, initial=0.0)))
     colours = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CCBE8", BLUE, "#00243B"])
-    place: dict[str, Any] = {"extent": (0.5, length + 0.5, length + 0.5, 0.5), "interpolation": "nearest"}
+    # By `data` a pixel is chosen before it is coloured, so that colours of 32 bytes are not made for every pair.
+    place: dict[str, Any] = {
+        "extent": (0.5, length + 0.5, length + 0.5, 0.5),
+        "interpolation": "nearest",
+        "interpolation_stage": "data",
+    }
     image = axes.imshow(shown_NN, cmap=colours.with_extremes(bad=NOT_PREDICTED), vmin=0, vmax=top, **place)
     handles = [Patch(color=NOT_PREDICTED, label="not predicted")]
     if structure is not None:

@@ -29,7 +29,7 @@ LEAST_SEPARATION = 6
 FIRST_SECONDS, SAY_SECONDS = 10.0, 60.0
 """Before the first line of progress, and between two, where there is no terminal for a bar."""
 LONGEST = 5000
-"""Residues: what grows with their square takes 2 GB then, the picture above all."""
+"""Residues: what grows with their square takes some 1.5 GB then, where contacts are judged."""
 T = TypeVar("T")
 
 
