@@ -45,6 +45,14 @@ def test_each_row_is_its_own_residue(tasks, tmp_path):
     assert beside[:, encoder.width :] == pytest.approx(np.array(means)[sites.proteins_R], abs=1e-5)
 
 
+def test_letters_of_sites_have_the_composition(tasks):
+    """What a model's vector of a site is given of the whole protein, the baseline is given too."""
+    whole, sites = tasks
+    beside = letters(sites, "site")
+    assert np.array_equal(beside[:, :-20], letters(sites))
+    assert beside[:, -20:] == pytest.approx(letters(whole)[sites.proteins_R])
+
+
 def test_letters(tasks):
     whole, sites = tasks
     shares = letters(whole)

@@ -76,6 +76,7 @@ def test_a_difference_is_found_and_none_is_not():
     noise = base + draw.normal(0, 0.3, 100)
     assert permutation_p_value(groups, exchanged(noise - noise.mean() + base.mean(), base), 300) > 0.5
     assert np.isnan(permutation_p_value(np.zeros(100), exchanged(better, base), 300))
+    assert np.isnan(permutation_p_value(groups, lambda _: float("nan"), 300)), "and not one of the smallest"
 
 
 def test_fewer_resamples_of_more_rows():

@@ -23,12 +23,15 @@ def understood(texts, kind=None):
         ("1.5 2 3", "regression", ()),
         (" ".join(str(number) for number in range(11)), "regression", ()),
         ("0.1 0.9", "binary", ("0.1", "0.9")),
+        ("0.0 1.0 2.0 1.0", "multiclass", ("0", "1", "2")),
+        ("1.0 0.0", "binary", ("0", "1")),
     ],
 )
 def test_kinds(texts, kind, classes):
     found = understood(texts.split())
     assert found[:2] == (kind, classes)
-    values = [float(text) for text in texts.split()] if kind == "regression" else map(classes.index, texts.split())
+    names = [text.removesuffix(".0") for text in texts.split()]
+    values = [float(text) for text in names] if kind == "regression" else map(classes.index, names)
     assert found[2].tolist() == list(values)
 
 

@@ -7,6 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from hf_plm.config import UserError
+from hf_plm.judging.probes import predictors
 from hf_plm.judging.probes.predictors import PREDICTORS, STACK, How, Rows, choose, fit, load_fitted
 
 CLASSES = {"binary": 2, "multiclass": 3, "regression": 1}
@@ -83,10 +84,34 @@ def test_settings_are_chosen_by_validation(name):
     assert choose(name, nothing, [(train, valid), (valid, train)], How("binary", 2, 1))[1] < 0.65
 
 
+def test_few_groups_and_few_of_a_label():
+    rows = drawn("binary", 40)
+    few = Rows(rows.X_RD, rows.y_R, np.arange(40) % 3)
+    how = How("binary", 2, 1)
+    assert fit(STACK, few, settings_of(STACK, "binary"), how).predict(rows.X_RD).shape == (40, 2)
+    for broken in (Rows(rows.X_RD, rows.y_R, np.zeros(40)), Rows(rows.X_RD, 0 * rows.y_R, rows.groups_R)):
+        with pytest.raises(UserError, match="needs two groups of proteins, and two rows of each label"):
+            fit(STACK, broken, settings_of(STACK, "binary"), how)
+    parts = [(np.arange(30), np.arange(30, 40))]
+    assert np.isnan(choose(STACK, rows, parts, how)[1])  # its trees are validated, and it is not
+
+
+def test_a_fit_that_has_no_end_says_so(monkeypatch):
+    rows = drawn("binary")
+    how = How("binary", 2, 1)
+    assert fit("linear", rows, {"strength": 0.1}, how).is_converged
+    monkeypatch.setattr(predictors, "MOST_STEPS", 2)
+    assert not fit("linear", rows, {"strength": 0.1}, how).is_converged
+
+
 def test_no_predictor(tmp_path):
     with pytest.raises(UserError, match="holds no predictor"):
         load_fitted(tmp_path)
     np.savez(tmp_path / "predictor.npz", coef=np.array([object()], dtype=object))
-    (tmp_path / "predictor.json").write_text("{}")
+    for plain in ("{}", "null"):
+        (tmp_path / "predictor.json").write_text(plain)
+        with pytest.raises(UserError, match="holds no predictor"):
+            load_fitted(tmp_path)
+    (tmp_path / "predictor.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(UserError, match="holds no predictor"):
         load_fitted(tmp_path)

@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hf_plm.config import UserError
+from hf_plm.judging.probes import predictors
+from hf_plm.judging.probes.features import letters
 from hf_plm.judging.probes.probe import (
     PRIOR,
     Options,
@@ -22,7 +24,7 @@ from hf_plm.judging.probes.probe import (
 )
 from hf_plm.judging.probes.task import Task
 
-OPTIONS = Options(folds=3, threads=1, resamples=40)
+OPTIONS = Options(folds=3, threads=1, resamples=25)
 
 
 def random_task(kind="binary", proteins=90, seed=0, splits=None, level="protein", length=20):
@@ -54,7 +56,8 @@ def planted(task, strength):
     ("kind", "level"),
     [("binary", "protein"), ("multiclass", "protein"), ("regression", "protein"), ("binary", "residue")],
 )
-def test_a_planted_signal_is_found_and_none_is_not(kind, level):
+def test_a_planted_signal_is_found_and_none_is_not(kind, level, monkeypatch):
+    monkeypatch.setattr(predictors, "MOST_ROUNDS", 20)
     task = random_task(kind, level=level)
     prepared = prepare_task(task, OPTIONS)
     beside = baselines(prepared)
@@ -77,6 +80,43 @@ def test_a_planted_signal_is_found_and_none_is_not(kind, level):
         for measure, value in chance.items():
             if measure in table:
                 assert (table[measure].low > value) == is_there
+
+
+def test_offsets_of_rounds_do_not_count():
+    """A fold with more positives leaves fewer to the others' fits: pooled, the shares of labels would be a predictor,
+    and a wrong one. In the order within each round they say nothing."""
+    for kind in ("binary", "regression"):
+        prepared = prepare_task(random_task(kind, proteins=45, level="residue"), OPTIONS)
+        prior = baselines(prepared)[PRIOR]
+        found = measured(prepared, {PRIOR: prior})["cross-validation"][PRIOR]
+        if kind == "regression":
+            assert np.isnan(found["spearman"].value)
+            continue
+        rows = prepared.tests["cross-validation"]
+        assert found["auroc"].value == 0.5
+        assert found["auprc"].value == prepared.task.labels_R[rows].mean()
+        assert roc_auc_score(prepared.task.labels_R[rows], prior[rows, 1]) != 0.5, "as it was pooled"
+        good = planted(prepared.task, 1)[:, [0, 3]].astype(float)
+        moved = good.copy()
+        moved[prepared.rounds[0].tests["cross-validation"]] += 9
+        both = measured(prepared, {"as it is": good, "moved": moved})["cross-validation"]
+        assert both["moved"]["auroc"] == both["as it is"]["auroc"]
+        assert advantage(prepared, "cross-validation", moved, good).value == 0
+
+
+def test_the_letters_get_the_same_predictor(monkeypatch):
+    """One A and neither none nor more: nothing that a line can read, off an embedding or off the letters."""
+    monkeypatch.setattr(predictors, "MOST_ROUNDS", 40)
+    task = random_task(proteins=150)
+    one = np.array([sequence.count("A") == 1 for sequence in task.sequences]).astype(int)
+    task = dataclasses.replace(task, labels_R=one, classes=("other", "one"))
+    prepared = prepare_task(task, OPTIONS)
+    name, said = list(baselines(prepared, "trees").items())[1]
+    assert name == "composition, trees"
+    same = predictions(prepared, letters(prepared.task), ["trees"], "t")["trees"].scores_RC
+    assert advantage(prepared, "cross-validation", same, said).value == 0
+    prepared = prepare_task(random_task(proteins=30, level="residue"), OPTIONS)
+    assert list(baselines(prepared, "linear", "site"))[1] == "one-hot window and composition, linear"
 
 
 def test_no_row_is_predicted_by_a_fit_that_saw_its_group():
@@ -134,7 +174,15 @@ def test_what_is_kept_is_what_was_tested():
     assert "as tested" in learnt
     prepared = prepare_task(random_task(), OPTIONS)
     found = predictions(prepared, X, ["linear"], "t")["linear"]
-    assert final(prepared, X, found, 1000)[1].startswith("all rows")
+    kept, learnt = final(prepared, X, found, 1000)
+    assert learnt.startswith("all rows")
+    assert len(kept.arrays["seen"]) == 90
+    grown = [{"leaves": 7, "rounds": 30}, {"leaves": 31, "rounds": 10}, {"leaves": 7, "rounds": 10}]
+    found = predictions(prepared, X, ["trees"], "t")["trees"]
+    assert final(prepared, X, dataclasses.replace(found, settings=grown), 1000)[0].settings == {
+        "leaves": 7,
+        "rounds": 20,
+    }
 
 
 def test_relatives_across_a_given_split_are_said():
@@ -147,6 +195,8 @@ def test_relatives_across_a_given_split_are_said():
 def test_options():
     with pytest.raises(UserError, match="--predictor is one of linear, knn, trees, phosboost, all"):
         Options("svm")
+    with pytest.raises(UserError, match="--features site is for labels of residues"):
+        prepare_task(random_task(), Options(features="site"))
     with pytest.raises(UserError, match="--max-rows is a number from 10"):
         Options(max_rows=1)
     prepared = prepare_task(random_task("regression"), OPTIONS)

@@ -9,7 +9,7 @@ import pytest
 
 from hf_plm.cli import probe as cli
 from hf_plm.config import UserError
-from hf_plm.judging.findings import read_findings
+from hf_plm.judging.findings import read_findings, write_findings
 from hf_plm.judging.intervals import Interval
 from hf_plm.judging.probes.predictors import load_fitted
 from hf_plm.judging.probes.probing import site_groups, verdict
@@ -74,8 +74,18 @@ def test_probe_and_predict(model, table, tmp_path, capsys):
     assert [(row["id"], row["position"], row["residue"]) for row in new] == [
         (row["id"], row["position"], row["residue"]) for row in rows
     ]
-    assert [float(row["prediction"]) for row in new] == pytest.approx([float(row["linear"]) for row in rows], abs=1e-5)
+    assert [float(row["p_1"]) for row in new] == pytest.approx([float(row["linear"]) for row in rows], abs=1e-5)
+    assert {row["seen"] for row in new} == {"no"}
+    assert "has learnt from" not in capsys.readouterr().out
+    fasta.write_text("".join(f">{task.ids[index]}\n{task.sequences[index]}\n" for index in (0, 50)))
+    run(model, "--predict", tmp_path / "out", "--data", fasta, "--out", tmp_path / "new.csv")
+    assert "has learnt from 1 of these 2 proteins" in capsys.readouterr().out
+    with open(tmp_path / "new.csv") as file:
+        assert {(row["id"], row["seen"]) for row in csv.DictReader(file)} == {("p0", "yes"), ("p50", "no")}
     assert load_fitted(tmp_path / "out").name == "linear"
+    write_findings(tmp_path / "out" / "findings.json", "probe", [], {})
+    with pytest.raises(UserError, match="its findings lack something"):
+        run(model, "--predict", tmp_path / "out", "--data", fasta)
 
 
 def test_predict_with_another_model_is_refused(model, table, tmp_path):
@@ -93,7 +103,7 @@ def test_predict_with_another_model_is_refused(model, table, tmp_path):
         ["3", "T"],
     ]
     with pytest.raises(UserError, match="findings"):
-        run(model, "--predict", tmp_path, "--data", fasta)
+        run(model, "--predict", tmp_path / "other", "--data", fasta)
 
 
 def test_s_and_t_together_and_y_apart(table, tmp_path, capsys):
@@ -108,6 +118,17 @@ def test_s_and_t_together_and_y_apart(table, tmp_path, capsys):
         site_groups(task, "W")
 
 
+def test_a_group_that_is_left_has_its_folder_too(model, table, tmp_path):
+    """One S or T and Y group, as many as the data has: the command that reads them later is the same."""
+    text = table.read_text().replace("Y", "F")
+    (path := tmp_path / "sites.tsv").write_text(text)
+    run(model, "--task", path, "--sites", "STY", "--out", tmp_path / "out", "--predictor", "linear")
+    assert (tmp_path / "out" / "sites_ST" / "predictor.json").exists()
+    (fasta := tmp_path / "new.fasta").write_text(">a\nMSTY\n")
+    with pytest.raises(UserError, match="holds predictors in folders of its own; give one of sites_ST in it"):
+        run(model, "--predict", tmp_path / "out", "--data", fasta)
+
+
 def test_leaks_are_refused_or_listed(model, table, tmp_path):
     lines = table.read_text().splitlines()
     lines.append("\t".join(["copy", "train", *lines[-1].split("\t")[2:]]))
@@ -116,7 +137,7 @@ def test_leaks_are_refused_or_listed(model, table, tmp_path):
     with pytest.raises(UserError, match=r"line 62 \(copy, train\) and line 61 \(p59, test\) have the same sequence"):
         run(model, "--task", path)
     run(model, "--task", path, "--leaks", "drop", "--out", tmp_path / "out", "--predictor", "linear")
-    assert (tmp_path / "out" / "left_out.tsv").read_text().splitlines()[1] == "62\tcopy\tsequence\t61\tp59"
+    assert (tmp_path / "out" / "left_out.tsv").read_text().splitlines()[1] == "62\tcopy\tsequence\t61\tp59\t1"
     assert json.loads((tmp_path / "out" / "findings.json").read_text())["leaks_dropped"] == 1
 
 

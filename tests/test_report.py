@@ -22,8 +22,8 @@ from hf_plm.judging.findings import write_findings
 from hf_plm.models.hub import save_hub_folder
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
-from hf_plm.report.charts import Axis, Series, rows_chart, scatter, xy_chart
-from hf_plm.report.families import Labelled, by_chance, map_of, of_families, read_families
+from hf_plm.report.charts import Axis, Series, rows_chart, scatter, span, xy_chart
+from hf_plm.report.families import Labelled, by_chance, map_of, mean_with_interval, of_families, read_families
 from hf_plm.report.page import Section, estimate, number, page, paragraph
 from hf_plm.report.report import Asked, write_report
 
@@ -243,6 +243,45 @@ def test_tasks_that_a_run_was_evaluated_on(run: Path) -> None:
     assert "Sites_mcc." in text
 
 
+def test_data_that_is_named_is_evaluated_on(run: Path, family_fasta: Path) -> None:
+    """An earlier evaluation answers for the proteins that it was on, and no evaluation on the train split for any."""
+    write_report(Asked(str(run), sequences=8))
+    (kept,) = (run / "findings").iterdir()
+    before = kept.read_bytes()
+    asked = Asked(str(run), sequences=9, data=(str(family_fasta),))
+    text = read(write_report(asked)).text
+    assert "On families.fasta.gz: 9 proteins" in text
+    assert "On the validation split: 8 proteins" in text
+    files = {path: path.read_bytes() for path in (run / "findings").iterdir()}
+    assert len(files) == 2
+    write_report(asked)
+    assert {path: path.read_bytes() for path in (run / "findings").iterdir()} == files, "what is known is not repeated"
+    for path in files:
+        path.unlink()
+    plain = json.loads(before)
+    plain["data"] |= {"sources": ["train-00000-of-00001.parquet"], "fingerprint": "another"}
+    kept.write_text(json.dumps(plain))
+    assert "On the validation split: 8 proteins" in read(write_report(Asked(str(run), sequences=8))).text
+
+
+def test_a_damaged_file_loses_one_section(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    findings_of_all_kinds(run / "findings")
+    damaged = {"results": [{"model": ["no", "name"]}]}
+    write_findings(run / "findings" / "evaluation.json", "evaluation", [{"revision": []}], damaged)
+    text = read(write_report(Asked(str(run), sequences=0))).text
+    assert text.count("This section could not be made (TypeError") == 1
+    assert "Above BLOSUM62." in text
+    assert "Evaluation: This section could not be made" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_not_shown_is_named(run: Path) -> None:
+    for picture, why in ((b"", "is no PNG there"), (b"\x89PNG" + bytes(1_000_001), "is larger than 1 MB")):
+        write_findings(run / "findings" / "c.json", "contacts", [], {"example": {"id": "P9", "picture": "c.png"}})
+        (run / "findings" / "c.png").write_bytes(picture)
+        text = read(write_report(Asked(str(run), sequences=0))).text
+        assert f"The contact map of P9 is not shown: c.png {why}" in text
+
+
 def test_findings_that_cannot_be_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run / "findings"
     folder.mkdir()
@@ -263,7 +302,7 @@ def test_findings_that_cannot_be_shown(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_against_another_model(run: Path, other: Path) -> None:
-    asked = Asked(str(run), str(other), sequences=20)
+    asked = Asked(str(run), str(other), sequences=10)
     text = read(write_report(asked)).text
     assert "mine against other" in text
     (kept,) = (run / "findings").iterdir()
@@ -271,8 +310,8 @@ def test_against_another_model(run: Path, other: Path) -> None:
     ((difference),) = plain["differences"]
     assert estimate(difference["loss"], "+.4f") in text
     before = kept.read_bytes()
-    assert "nats per target, on the same targets of 20 proteins" in text or "cannot be told apart" in text
-    again = read(write_report(Asked(str(run / ".." / "mine"), str(other), sequences=20))).text
+    assert "nats per target, on the same targets of 10 proteins" in text or "cannot be told apart" in text
+    again = read(write_report(Asked(str(run / ".." / "mine"), str(other), sequences=10))).text
     end = "No variants were scored"  # by a command that names the model as it was named
     assert again.partition(end)[0] == text.partition(end)[0], "a model is known by its weights, not by its path"
     assert kept.read_bytes() == before, "what is known is not computed again"
@@ -286,9 +325,9 @@ def test_against_a_model_that_cannot_be_evaluated(run: Path, tmp_path: Path) -> 
     for name in ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json"):
         if (run / "hub" / name).exists():
             shutil.copy(run / "hub" / name, tmp_path / "headless")
-    text = read(write_report(Asked(str(run), str(tmp_path / "headless"), sequences=20))).text
+    text = read(write_report(Asked(str(run), str(tmp_path / "headless"), sequences=10))).text
     assert "Not all of it could be measured" in text
-    assert "On the validation split: 20 proteins" in text
+    assert "On the validation split: 10 proteins" in text
 
 
 def test_a_model_that_is_no_run(
@@ -357,6 +396,17 @@ def test_neighbours_are_of_the_family_where_the_vectors_say_so() -> None:
     assert map_of("m", vectors_PD[:5], None).same is None
 
 
+def test_families_are_drawn_and_not_their_members() -> None:
+    """Four families of which one is known: the share may be anything, however many members say the same."""
+    known = np.repeat([1.0, 0, 0, 0], 40)
+    value, low, high = mean_with_interval(known, [f"family {index // 40}" for index in range(160)])
+    assert (value, low) == (0.25, 0)
+    assert high >= 0.5
+    alone = mean_with_interval(known, [str(index) for index in range(160)])
+    assert alone[1] > 0.15
+    assert alone[2] < 0.35
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -398,6 +448,13 @@ def test_charts_leave_out_what_is_no_number() -> None:
         assert not Page(f'<html lang="en">{chart}</html>').faults
     assert rows.count("<circle") == 1 + 1  # and the legend's
     assert "&lt;a&gt;" in dots
+
+
+def test_an_axis_of_zeros_has_a_length() -> None:
+    assert span([0.0, 0.0], zero=True) == (0, 1)
+    assert span([0.0, 2.0], zero=True, pad=0.5) == (0, 3)
+    low, high = span([0.0, 0.0])
+    assert low < 0 < high
 
 
 def test_ticks_stand_on_the_axis() -> None:

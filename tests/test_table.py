@@ -39,6 +39,7 @@ def test_a_cell_of_a_million_characters(tmp_path):
         (b"id\ty\np1\n", "line 2: 2 cells were expected"),
         (b"\xff\xfe\x00", "not text in UTF-8"),
         (gzip.compress(b"id\ty\n" * 99)[:-9], "cannot be read"),
+        (gzip.compress(b"id\ty\n" * 99)[:10] + b"\xff" * 30, "cannot be read"),
     ],
 )
 def test_what_is_no_table(tmp_path, raw, message):

@@ -72,6 +72,7 @@ def test_sites(tmp_path):
         ("id position sequence aa label\np 1 MK K 1\n", "line 2: p has M at position 1, not K"),
         ("id position sequence label\np 1 MK 1\np 1 MK 0\n", "line 3: p has position 1 twice, before in line 2"),
         ("id position sequence label\np 1 MK 1\np 2 MV 0\n", "line 3: p has another sequence than in line 2"),
+        ("id position sequence label cluster\np 1 MK 1 a\np 2 MK 0 b\n", "line 3: p is in cluster b, and before in a"),
     ],
 )
 def test_what_does_not_fit(tmp_path, text, message):
@@ -88,6 +89,21 @@ def test_columns_that_are_not_there(tmp_path):
         read_task(path, kind="ordinal")
     with pytest.raises(UserError, match="labels of residues"):
         read_task(path).residues("S")
+
+
+def test_clusters_that_are_not_known(tmp_path):
+    text = "id position sequence label cluster\np 1 MK 1 NA\np 2 MK 0 a\nq 1 MV 0 -\nr 1 MA 0 NA\n"
+    assert read_task(written(tmp_path, text)).clusters == ("a", "", "")
+
+
+def test_sequences_twice_are_refused(tmp_path):
+    with pytest.raises(UserError, match="leave --proteins out"):
+        read_task(written(tmp_path, "id position sequence label\np 1 MK 1\n"), proteins=tmp_path / "p.fasta")
+
+
+def test_folds_beside_a_test_set_are_a_split(tmp_path):
+    text = "id label fold sequence\np 0 1 MK\nq 1 2 MV\nr 0 test MA\n"
+    assert read_task(written(tmp_path, text)).splits == ("1", "2", "test")
 
 
 def test_a_fold_of_scope_is_no_split(tmp_path):

@@ -233,7 +233,8 @@ def predictions(prepared: Prepared, X_RD: np.ndarray, names: Sequence[str], labe
     for name, fits in done.items():
         if num := sum(not fitted.is_converged for _, _, fitted in fits):
             note = f"{label}, {name}: {num} of {len(fits)} fits had not converged after {MOST_STEPS} steps."
-            prepared.notes += [note] if note not in prepared.notes else []
+            if note not in prepared.notes:
+                prepared.notes.append(note)
     return {
         name: Predicted(
             name,
