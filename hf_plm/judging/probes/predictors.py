@@ -168,6 +168,7 @@ def _linear_path(rows: Rows, how: How, grid: Any) -> Iterator[Fitted]:
     X_RD = scaler.transform(rows.X_RD)
     base = {"mean": scaler.mean_.astype(np.float32), "scale": scaler.scale_.astype(np.float32)}
     if how.kind == "regression":
+        X_RD = X_RD.astype(np.float64)  # one-hot letters add up to one, which fp32 takes for a singular matrix
         for alpha in grid:
             ridge = Ridge(alpha=alpha).fit(X_RD, rows.y_R)
             arrays = {**base, "coef": ridge.coef_[None].astype(np.float64), "intercept": np.array([ridge.intercept_])}
