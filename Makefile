@@ -30,7 +30,7 @@ pretrain: $(DATA) ## pretrain a small model on simulated proteins: runs/demo/hub
 	@HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet \
 		--num_cpu_threads_per_process $(THREADS) launch/pretrain.py launch/recipes/demo.yaml --data.train $(DATA) --data.cache corpora --run.folder runs/demo
 
-test: $(READY) ## run the tests (about ten minutes)
+test: $(READY) ## run the tests (a quarter of an hour)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(READY) ## run every test that needs no GPU

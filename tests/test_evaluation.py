@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -174,22 +175,24 @@ def test_pseudo_perplexity_is_one_residue_at_a_time(random_model, fasta):
 
 
 def test_the_command(finished_run, random_model, fasta, tmp_path, capsys):
+    run = tmp_path / "mine"
+    shutil.copytree(finished_run, run)  # which gets findings
     clusters = tmp_path / "clusters.tsv.gz"
     with gzip.open(clusters, "wt") as file:
         file.write("cluster\tmember\n" + "".join(f"c{number // 6}\tp{number}\n" for number in range(32)))
     out = tmp_path / "found.json"
-    words = ["evaluate", str(finished_run), str(random_model), "--data", str(fasta), "--out", str(out), "--pseudo", "2"]
+    words = ["evaluate", str(run), str(random_model), "--data", str(fasta), "--out", str(out), "--pseudo", "2"]
     main([*words, "--clusters", str(clusters)])
     shown = capsys.readouterr().out
     assert "hf_plm-1" in shown
     assert "pseudo-perplexity" in shown
     assert "cluster members" in shown
     found = read_findings(out)
-    assert [model["model"] for model in found["models"]] == [str(finished_run), str(random_model)]
+    assert [model["model"] for model in found["models"]] == [str(run), str(random_model)]
     assert found["models"][0]["revision"].startswith("sha256:")
     assert found["protocol"]["name"] == "hf_plm-1"
     assert found["differences"][0]["a"] == str(random_model)
-    kept = read_findings(finished_run / "findings" / "evaluation-some.fasta.json")
+    kept = read_findings(run / "findings" / "evaluation-some.fasta.json")
     assert kept["results"] == found["results"][:1]
     assert json.loads(out.read_text())["format"] == 1
 

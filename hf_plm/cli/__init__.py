@@ -23,6 +23,18 @@ EPILOG = "Documentation: README.md and docs/. Mistakes are told in one sentence;
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand; exits 0, 1 after the user's mistake, or 128 + signal when stopped by one."""
+    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        _main(arguments)
+    except SystemExit as end:
+        if is_one_of_many:
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    if is_one_of_many:
+        leave(0)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed, rest = parser.parse_known_args(given)
@@ -51,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        leave()
 
 
 def _parser() -> argparse.ArgumentParser:
