@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from hf_plm.config import UserError
 from hf_plm.judging.evaluation import evaluate_sample
 from hf_plm.judging.protocol import Protocol, read_sample
 from hf_plm.models.masked_lm import open_masked_lm
+from hf_plm.models.presets import build_model, esm_config
 from hf_plm.recipe import load_recipe
-from hf_plm.training.judging import check_tasks
+from hf_plm.training.judging import Judge, check_tasks
 from hf_plm.training.pretrain import pretrain
 
 
@@ -116,3 +118,14 @@ def test_a_task_that_is_not_there_is_told_before_the_first_step(family_corpus, t
     with pytest.raises(UserError, match=r"nowhere\.fasta"):
         pretrain(wrong)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_task_that_fails_is_told_and_the_others_count(family_corpus, tmp_path):
+    def without_room(stock, device):
+        raise RuntimeError("no room on the device\nand a trace")
+
+    judge = Judge(recipe(family_corpus, tmp_path / "run"))
+    judge._tasks = [without_room, lambda stock, device: {"fine": 1.0}]
+    found, complaints = judge.numbers(build_model(esm_config("1x32x2"), seed=0), torch.device("cpu"))
+    assert found == {"fine": 1.0}
+    assert complaints == ["no room on the device"]
