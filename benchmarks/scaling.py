@@ -37,7 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EsmForMaskedLM
 
 import hf_plm
-from hf_plm.cli import main as hf_plm_main
+from hf_plm.cli import run_command
+from hf_plm.cli.process import leave
 from hf_plm.models.presets import esm_config
 from hf_plm.training.meter import Meter
 
@@ -248,9 +249,9 @@ def count_in_this_process(engine: str, note: Path, scaled: float, training: list
     with collectives:
         if engine == "FSDP2":
             sys.argv[1:] = training
-            runpy.run_path(str(ROOT / "tests" / "support" / "fsdp2_run.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / "tests" / "support" / "fsdp2_run.py"), run_name="sharded")
         else:
-            hf_plm_main(["pretrain", *training])
+            run_command(["pretrain", *training])
     if os.environ["RANK"] == "0":
         (before, written), (after, written_after) = snapshots[3], snapshots[6]
         sockets = None if written is None or written_after is None else (written_after - written) / 3
@@ -404,10 +405,10 @@ def measure_speeds(folder: Path, fasta: Path, presets: Sequence[str], repeats: i
 def main() -> None:
     if sys.argv[1:2] == ["--counted"]:
         count_in_this_process(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]), sys.argv[5:])
-        return
+        leave(0)
     if sys.argv[1:2] == ["--series"]:
         run_in_this_process(Path(sys.argv[2]))
-        return
+        leave(0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="print the tables of docs/scaling.md and measure nothing")
     parser.add_argument(
@@ -424,7 +425,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fasta = folder / "simulated.fasta.gz"
-        hf_plm_main(["simulate", str(fasta)])
+        run_command(["simulate", str(fasta)])
         text, rows = count_bytes(folder, fasta, arguments.processes, arguments.rounds)
         if arguments.repeats:
             more_text, more_rows = measure_speeds(folder, fasta, arguments.presets, arguments.repeats)

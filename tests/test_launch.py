@@ -286,6 +286,7 @@ def test_processes_are_counted_as_accelerate_counts(monkeypatch: pytest.MonkeyPa
 
 PROBE = """
 import json, os
+from hf_plm.cli.process import leave
 from hf_plm.config import UserError
 from hf_plm.training.guard import check_before_start, check_launch
 
@@ -302,8 +303,10 @@ try:
 except UserError as error:
     told.append(str(error))
 facts = [told, accelerator.distributed_type.value, accelerator.num_processes]
-open(f"{os.environ['OUT']}/{os.environ.get('RANK', 0)}.json", "w").write(json.dumps(facts))
+with open(f"{os.environ['OUT']}/{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump(facts, file)
 accelerator.end_training()
+leave(0)
 """
 
 

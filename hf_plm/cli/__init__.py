@@ -16,16 +16,16 @@ from hf_plm.cli.process import leave, quick_imports, tells
 from hf_plm.config import LostProcessError, UserError
 from hf_plm.version import __version__
 
-__all__ = ["main", "parse_knobs", "quick_imports"]
+__all__ = ["main", "parse_knobs", "quick_imports", "run_command"]
 
 EPILOG = "Documentation: README.md and docs/. Mistakes are told in one sentence; --help works after each subcommand."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exits 0, 1 after the user's mistake, or 128 + signal when stopped by one."""
+    """The program: `run_command`, and the end of a process that is one of several."""
     is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        _main(arguments)
+        run_command(arguments)
     except SystemExit as end:
         if is_one_of_many:
             leave(end.code if isinstance(end.code, int) else int(end.code is not None))
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave(0)
 
 
-def _main(arguments: Sequence[str] | None) -> None:
+def run_command(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand; exits 1 after the user's mistake, or 128 + signal when stopped by one."""
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed, rest = parser.parse_known_args(given)

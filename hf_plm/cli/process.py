@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 def tells() -> bool:
@@ -19,7 +20,7 @@ def tells() -> bool:
     return False
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End a process of several at once, without Python taking itself apart.
 
     A thread of gloo may still hold a tensor then: it wants Python back to let go of it, and the process aborts with

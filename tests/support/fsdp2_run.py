@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 
 from hf_plm.cli import parse_knobs
+from hf_plm.cli.process import leave
 from hf_plm.recipe import load_recipe
 from hf_plm.training import pretrain as training
 
@@ -75,3 +76,5 @@ Accelerator.prepare = prepare_sharded
 Accelerator.backward = backward
 training.pretrain(recipe)
 (recipe.run_folder / "fsdp2.json").write_text(json.dumps(seen))
+if __name__ == "__main__":
+    leave(0)
