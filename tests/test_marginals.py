@@ -6,7 +6,16 @@ import torch
 from esm.pretrained import load_model_and_alphabet_local
 from test_fair_esm import SAFE, new_model
 
-from hf_plm.judging.scores.marginals import METHODS, num_residues, num_split, score_variants, window_begin
+from hf_plm.judging.scores.marginals import (
+    DRAWS,
+    METHODS,
+    marginals,
+    num_residues,
+    num_split,
+    score_variants,
+    tile_begin,
+    window_begin,
+)
 from hf_plm.judging.scores.scan import scan
 from hf_plm.judging.scores.variants import check, parse
 from hf_plm.models.fair_esm import write_fair_esm
@@ -108,6 +117,29 @@ def test_marginals_are_those_of_fair_esms_script(both, method):
     assert np.abs(found - [script.label(mutant, other) for mutant in MUTANTS]).max() > 0.01
 
 
+def test_random_masks_are_means_over_what_fair_esm_says_of_each(both):
+    model, *theirs = both
+    script = Script(*theirs)
+    places = np.arange(len(WILD_TYPE))
+    by_draw, random = np.zeros((DRAWS, len(WILD_TYPE), len(LETTERS))), np.random.default_rng(0)
+    columns = [script.alphabet.get_idx(letter) for letter in LETTERS]
+    for draw in range(DRAWS):
+        seen = []
+        for masked in np.array_split(random.permutation(places), 7):
+            tokens = script.tokens(WILD_TYPE)
+            tokens[0, 1 + masked] = script.alphabet.mask_idx
+            by_draw[draw, masked] = script.log_probs(tokens)[0, 1 + masked][:, columns].numpy()
+            seen += masked.tolist()
+            assert 0.14 <= len(masked) / len(WILD_TYPE) <= 0.18
+        assert sorted(seen) == places.tolist()
+    found = marginals(model, WILD_TYPE.encode(), places, "random-masks")
+    np.testing.assert_allclose(found, by_draw.mean(axis=0), atol=TOLERANCE)
+    assert np.abs(found - by_draw[0]).max() > 0.01
+    # A position's say does not depend on which others are asked about.
+    few = marginals(model, WILD_TYPE.encode(), places[[3, 9]], "random-masks")
+    np.testing.assert_allclose(few, found[[3, 9]], atol=TOLERANCE)
+
+
 def test_pseudo_likelihood_is_that_of_the_script_with_residues_at_their_own_tokens(both):
     model, *theirs = both
     script = Script(*theirs)
@@ -147,6 +179,17 @@ def test_windows_are_proteingyms():
             assert all(begin <= place < begin + limit for place, begin in enumerate(begins))
 
 
+def test_few_windows_have_their_places_in_the_middle():
+    for length, limit in ((23, 8), (1_000, 64), (35_000, 1022)):
+        begins = [tile_begin(place, length, limit) for place in range(length)]
+        assert len(set(begins)) <= 2 * length // limit
+        for place, begin in enumerate(begins):
+            assert 0 <= begin <= length - limit
+            assert begin == 0 or place >= begin + limit // 4
+            assert begin == length - limit or place < begin + limit // 4 + limit // 2
+    assert {tile_begin(place, 8, 8) for place in range(8)} == {tile_begin(place, 5, 8) for place in range(5)} == {0}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_long_protein_is_seen_in_windows(model, method):
     long = WILD_TYPE * 3
@@ -156,9 +199,10 @@ def test_a_long_protein_is_seen_in_windows(model, method):
     expected = []
     for variant in variants:
         pieces = [variant] if method == "pseudo-likelihood" else [(one,) for one in variant]
+        window = tile_begin if method == "random-masks" else window_begin
         score = 0.0
         for piece in pieces:
-            begin = window_begin((piece[0].place + piece[-1].place) // 2, len(long), 20)
+            begin = window((piece[0].place + piece[-1].place) // 2, len(long), 20)
             moved = tuple(one._replace(place=one.place - begin) for one in piece)
             score += score_variants(model, long[begin : begin + 20].encode(), [moved], method)[0]
         expected.append(score)

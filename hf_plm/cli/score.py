@@ -11,7 +11,7 @@ from hf_plm.config import UserError
 if TYPE_CHECKING:
     from hf_plm.models.masked_lm import MaskedLM
 
-METHODS = ("masked", "wild-type", "pseudo-likelihood")
+METHODS = ("masked", "random-masks", "wild-type", "pseudo-likelihood")
 """As in hf_plm.judging.scores.marginals, which imports torch."""
 
 
@@ -70,7 +70,7 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UserError("--reference goes with --dms.")
     if parsed.scan and parsed.method == "pseudo-likelihood":
         raise UserError(
-            "--scan takes --method masked or wild-type: by pseudo-likelihood each of 19 substitutions of each residue "
+            "--scan takes --method masked, random-masks or wild-type: by pseudo-likelihood each of 19 substitutions of each residue "
             "would take as many forward passes as the protein has residues."
         )
 

@@ -39,7 +39,7 @@ def scan(model: MaskedLM, residues: bytes, method: str = "masked", count: Count 
     places_P = np.flatnonzero(columns_N >= 0)
     assert len(places_P)
     scores_NA = np.full((len(residues), len(LETTERS)), np.nan)
-    log_probs_PA = marginals(model, residues, places_P, method, count).astype(np.float64)
+    log_probs_PA = marginals(model, residues, places_P, method, count)
     scores_NA[places_P] = log_probs_PA - np.take_along_axis(log_probs_PA, columns_N[places_P, None], axis=1)
     return scores_NA
 
