@@ -144,7 +144,7 @@ def test_a_protein_that_cannot_be_scanned_is_told_before_the_others_are(run_fold
         ("--variants v.tsv", "--variants needs --wild-type"),
         ("--scan p.fasta --offset 3", "--offset goes with --variants"),
         ("--scan p.fasta --reference v.tsv", "--reference goes with --dms"),
-        ("--scan p.fasta --method pseudo-likelihood", "--scan takes --method masked or wild-type"),
+        ("--scan p.fasta --method pseudo-likelihood", "--scan takes --method masked, random-masks or"),
         ("--scan p.fasta --out scan.png", r"--out of a scan is a \.csv file"),
         ("--scan p.fasta --out p.fasta", "p.fasta would be written, but is what is read"),
         ("--variants v.tsv --wild-type p.fasta --out p.fasta/x.csv", "p.fasta/x.csv cannot be written"),

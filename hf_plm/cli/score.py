@@ -70,8 +70,8 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UserError("--reference goes with --dms.")
     if parsed.scan and parsed.method == "pseudo-likelihood":
         raise UserError(
-            "--scan takes --method masked, random-masks or wild-type: by pseudo-likelihood each of 19 substitutions of each "
-            "residue would take as many forward passes as the protein has residues."
+            "--scan takes --method masked, random-masks or wild-type: by pseudo-likelihood each of 19 substitutions of "
+            "each residue would take as many forward passes as the protein has residues."
         )
 
 
