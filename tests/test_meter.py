@@ -6,15 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_plm.recipe import load_recipe
-from hf_plm.training.meter import Meter, duration, keep_lines_until
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0s"), (45, "45s"), (725, "12m 05s"), (59.9, "1m 00s"), (12_000, "3h 20m"), (187_200, "2d 4h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+from hf_plm.training.meter import Meter, keep_lines_until
 
 
 def meter(folder: Path, **knobs: str) -> Meter:

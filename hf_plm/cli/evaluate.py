@@ -67,7 +67,7 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     cleaning = Cleaning(parsed.illegal, parsed.gaps, parsed.max_rejected, parsed.sequence_column)
     with _reading() as on_bytes:
         sample = read_sample(parsed.data, protocol, parsed.sequences, parsed.split, cleaning, parsed.clusters, on_bytes)
-    facts, found = evaluate_models(parsed.models, sample, protocol, open_model, parsed.pseudo, _bar)
+    facts, found = evaluate_models(parsed.models, sample, protocol, open_model, parsed.pseudo)
     print("\n".join(_report(found)))
     names = "+".join(Path(source).name for source in sample.facts["sources"])
     if parsed.out:
@@ -85,17 +85,6 @@ def _reading() -> Iterator[Any]:
 
     with tqdm(desc="reading", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
         yield bar.update
-
-
-@contextmanager
-def _bar(name: str, proteins: Sequence[Any]) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    total = sum(len(protein.residues) for protein in proteins)
-    is_hidden = not sys.stderr.isatty()
-    layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt} residues, {remaining} left"
-    with tqdm(total=total, desc=name, disable=is_hidden, leave=False, unit_scale=True, bar_format=layout) as bar:
-        yield lambda protein: bar.update(len(protein.residues))
 
 
 def _report(found: dict[str, Any]) -> list[str]:

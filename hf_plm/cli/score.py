@@ -88,8 +88,9 @@ def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
     from hf_plm.judging.findings import home, write_findings
     from hf_plm.judging.requirements import require_judge
     from hf_plm.judging.scores.dms import SCORE
-    from hf_plm.judging.scores.marginals import Progress, num_residues, num_split, score_variants
+    from hf_plm.judging.scores.marginals import num_residues, num_split, score_variants
     from hf_plm.judging.scores.variants import find_variants, read_table, read_wild_type, write_table
+    from hf_plm.progress import Progress
 
     out = parsed.out or Path("variant_scores.csv")
     _keep_inputs(parsed, out)
@@ -182,9 +183,9 @@ def _scan(parsed: argparse.Namespace, open_model: Any) -> None:
 
     from hf_plm.judging import plots
     from hf_plm.judging.findings import home, write_findings
-    from hf_plm.judging.scores.marginals import Progress
     from hf_plm.judging.scores.scan import cost, heat_map, read_scannable, scan, write_scan
     from hf_plm.models.masked_lm import LETTERS
+    from hf_plm.progress import Progress
 
     proteins = read_scannable(parsed.scan)
     taken: set[str] = set()

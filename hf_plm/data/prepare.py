@@ -24,6 +24,7 @@ from hf_plm.config import UserError
 from hf_plm.data.intake import Intake, Options, TooManyRejectedError
 from hf_plm.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, dataset_card, is_corpus, read_manifest, report
 from hf_plm.data.sources import Source, find_sources, is_hub_name
+from hf_plm.files import sync_folder
 from hf_plm.remote import download, has_file
 
 __all__ = ["ensure_prepared", "prepare", "report"]
@@ -222,8 +223,5 @@ def _publish(folder: Path, out: Path, replaces: bool) -> bool:
             raise
         return False
     shutil.rmtree(old, ignore_errors=True)
-    if os.name == "posix":
-        descriptor = os.open(out.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync_folder(out.parent)
     return True

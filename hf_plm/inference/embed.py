@@ -24,7 +24,6 @@ from hf_plm.data.sources import Source, find_sources
 from hf_plm.inference.embedder import limit_of, open_encoder
 from hf_plm.inference.formats import check_format, finish, format_of, read_metadata
 from hf_plm.inference.job import Job, check_same, digest_of, metadata_of, request_of
-from hf_plm.inference.progress import Progress, duration
 from hf_plm.inference.ranks import Ranks
 from hf_plm.inference.results import WorkingFile
 from hf_plm.inference.rows import create_rows, read_sites, rows_of, window_counts, write_portion
@@ -42,6 +41,7 @@ from hf_plm.inference.unfinished import (
 from hf_plm.inference.vectors import Encoder, check_poolings, embed_stream
 from hf_plm.inference.worklist import REJECTED, Worklist, write_worklist
 from hf_plm.lock import locked
+from hf_plm.progress import Progress, duration
 
 COMMIT_SECONDS = 2.0
 NOTHING = np.zeros((0, 0), dtype=np.float32)
@@ -209,6 +209,29 @@ def _cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
     return (a_ND * b_ND).sum(axis=1) / np.maximum(norms_N, 1e-30)
 
 
+class _Progress(Progress):
+    """Over the first process's share."""
+
+    def __init__(self, worklist: Worklist, portions: list[Range], ranks: Ranks):
+        self._proteins = self._residues = 0
+        self._num_proteins = sum(end - begin for begin, end in portions)
+        self._of_all = f" (process 1 of {ranks.size})" if ranks.size > 1 else ""
+        total = sum(int(worklist.bounds[end] - worklist.bounds[begin]) for begin, end in portions)
+        super().__init__("embedding", total, is_shown=ranks.rank == 0)
+
+    def count(self, amount: int = 1) -> None:
+        """One more protein is done, of so many residues."""
+        self._proteins += 1
+        self._residues += amount
+        super().count(amount)
+
+    def words(self, seconds: float) -> str:
+        return (
+            f"{self._proteins:,} of {self._num_proteins:,} proteins{self._of_all}, "
+            f"{self._proteins / seconds:,.1f} proteins/s, {self._residues / seconds:,.0f} residues/s"
+        )
+
+
 def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks: Ranks) -> None:
     """Embeds this process's portions into the file of vectors."""
     if not portions:
@@ -220,7 +243,7 @@ def _run(job: Job, encoder: Encoder, partial: Path, portions: list[Range], ranks
         done = stack.enter_context(open_done(partial, ranks.rank))
         sites = read_sites(partial) if job.sites is not None else None
         limit = limit_of(encoder, job.options)
-        progress = stack.enter_context(Progress(worklist, portions, ranks))
+        progress = stack.enter_context(_Progress(worklist, portions, ranks))
         # A list of sites may name few proteins; the others need no vectors.
         is_needed = np.diff(sites.bounds) > 0 if sites else np.ones(len(worklist), dtype=bool)
         proteins = (

@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.files import sync_folder
 from hf_plm.inference.results import POOLED, RECORDS_AT_ONCE, Portion, WorkingFile, check_space, portions, reserve
 
 FORMATS = {".safetensors": "safetensors", ".h5": "hdf5", ".hdf5": "hdf5", ".parquet": "parquet", ".npz": "npz"}
@@ -67,7 +68,7 @@ def finish(working: Path, out: Path, on_records: Callable[[int], object]) -> Non
             file.sync()
             num_records = file.num_records
         os.replace(working, out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
         on_records(num_records)
         return
     write = {"hdf5": _write_hdf5, "parquet": _write_parquet, "npz": _write_npz}[kind]
@@ -81,17 +82,8 @@ def finish(working: Path, out: Path, on_records: Callable[[int], object]) -> Non
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
     working.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ Dimensions: K targets, S proteins, R resamples, P residues asked about, A letter
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from hf_plm.config import Mask, UserError
 from hf_plm.inference.evaluate import Evaluation, resampled_interval, resamples
 from hf_plm.judging.protocol import Protein, Protocol, Sample
 from hf_plm.models.masked_lm import LETTER_INDEX, LETTERS, MaskedLM, Query, limit_of
+from hf_plm.progress import Progress
 from hf_plm.proteins.vocabulary import TOKEN_TO_ID, TOKENS
 
 LENGTHS = (1, 100, 200, 300, 400, 600, 1000)
@@ -32,7 +32,6 @@ def evaluate_models(
     protocol: Protocol,
     open_model: Callable[[str], MaskedLM],
     num_pseudo: int = 0,
-    progress: Callable[[str, Sequence[Protein]], AbstractContextManager[Callable[[Protein], object]]] | None = None,
 ) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """The facts of the models, and findings of kind "evaluation"; the models are in memory one after the other.
 
@@ -40,7 +39,6 @@ def evaluate_models(
     Raises `UserError` for a model that takes shorter proteins than the protocol has.
     """
     facts, results, evaluations = [], [], []
-    begin = progress or (lambda _, __: nullcontext(lambda _: None))
     for name in names:  # before the first has taken its hour
         limit = limit_of(name)
         if limit < protocol.crop:
@@ -50,13 +48,13 @@ def evaluate_models(
             )
     for name in names:
         model = open_model(name)
-        with begin(name, sample.proteins) as on_protein:
-            evaluations.append(evaluate_sample(model, sample, on_protein))
+        with Progress(name, sum(len(one.residues) for one in sample.proteins if len(one.targets))) as progress:
+            evaluations.append(evaluate_sample(model, sample, progress.count))
         result = {"model": name, **summarise(evaluations[-1], sample)}
         if num_pseudo:
             some = sample.proteins[:num_pseudo]
-            with begin(f"{name}, pseudo-perplexity", some) as on_protein:
-                result["pseudo"] = pseudo_perplexity(model, some, on_protein)
+            with Progress(f"{name}, pseudo-perplexity", sum(len(one.residues) ** 2 for one in some)) as progress:
+                result["pseudo"] = pseudo_perplexity(model, some, progress.count)
         facts.append(model.facts)
         results.append(result)
     differences = [
@@ -67,15 +65,15 @@ def evaluate_models(
     return facts, plain
 
 
-def evaluate_sample(model: MaskedLM, sample: Sample, on_protein: Callable[[Protein], object] = id) -> Evaluation:
-    """Every target of the sample; `on_protein` is told of each protein that is done."""
+def evaluate_sample(model: MaskedLM, sample: Sample, count: Callable[[int], object] = id) -> Evaluation:
+    """Every target of the sample; `count` is told how many residues are done."""
     losses, is_correct = [], []
     proteins = [protein for protein in sample.proteins if len(protein.targets)]
     for protein, log_probs_PA in zip(proteins, model.log_probs(one.query for one in proteins), strict=True):
         columns_P = _COLUMN_OF_ID[protein.labels]
         losses.append(-log_probs_PA[np.arange(len(columns_P)), columns_P].astype(np.float64))
         is_correct.append(log_probs_PA.argmax(1) == columns_P)
-        on_protein(protein)
+        count(len(protein.residues))
     number = {id(protein): index for index, protein in enumerate(sample.proteins)}
     return Evaluation(
         np.concatenate(losses),
@@ -89,7 +87,7 @@ def evaluate_sample(model: MaskedLM, sample: Sample, on_protein: Callable[[Prote
 
 
 def pseudo_perplexity(
-    model: MaskedLM, proteins: Sequence[Protein], on_protein: Callable[[Protein], object] = id
+    model: MaskedLM, proteins: Sequence[Protein], count: Callable[[int], object] = id
 ) -> dict[str, Any]:
     """Each standard residue of each window masked alone (Salazar et al. 2020, ACL).
 
@@ -103,7 +101,7 @@ def pseudo_perplexity(
         for place in np.flatnonzero(letters_N >= 0):
             sums[index] -= next(answers)[0, letters_N[place]]
             counts[index] += 1
-        on_protein(protein)
+        count(len(protein.residues) ** 2)
     answers.close()
     few = np.count_nonzero(counts) < 2
     low, high = [np.nan] * 2 if few else np.exp(resampled_interval(sums, counts, resamples(len(proteins))))

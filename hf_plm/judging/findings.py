@@ -4,11 +4,9 @@ Every file begins with the same fields: `kind` (evaluation, score, scan, dms, co
 `hf_plm`, `made` (UTC) and `models` (for each its name, family, revision and precision).
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.files import write_whole
 from hf_plm.version import __version__
 
 FORMAT = 1
@@ -34,22 +33,6 @@ def write_findings(path: Path, kind: str, models: list[dict[str, str]], plain: d
     }
     text = json.dumps(_as_json({**head, **plain}), indent=1, allow_nan=False)
     write_whole(path, text.encode() + b"\n")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all. Raises `UserError` where it cannot be written."""
-    unfinished = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def read_findings(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The map (t-SNE; of few proteins the first two principal components) is to be loo
 space: how often a protein's nearest neighbour is of its own family, beside what amino-acid composition alone reaches.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hf_plm.config import UserError
 from hf_plm.data.heldout import hash_of
@@ -20,6 +18,7 @@ from hf_plm.inference.embedder import Embedder
 from hf_plm.judging.intervals import bootstrap_interval
 from hf_plm.judging.scores.variants import read_table
 from hf_plm.models.masked_lm import LETTERS
+from hf_plm.progress import shown
 from hf_plm.proteins.fasta import IllegalResidueError, clean
 from hf_plm.report.charts import QUIET, Series, scatter
 from hf_plm.report.findings import short
@@ -107,16 +106,8 @@ def embed_map(model: str, proteins: Labelled, **options: Any) -> Map:
     """A model's map of the proteins, from the mean of each one's residue vectors; `options` are the `Embedder`'s."""
     embedder = Embedder(model, **options)
     sequences = [residues.decode() for residues in proteins.residues]
-    if not sys.stderr.isatty():
-        print(f"Embedding {len(sequences):,} proteins by {model} ...", file=sys.stderr, flush=True)
-    bar = tqdm(
-        embedder.stream(sequences),
-        desc=f"embedding held-out proteins by {model}",
-        total=len(sequences),
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
-    return map_of(model, np.stack(list(bar)), proteins.families)
+    vectors = shown(f"embedding held-out proteins by {model}", embedder.stream(sequences), map(len, sequences))
+    return map_of(model, np.stack(list(vectors)), proteins.families)
 
 
 def composition_map(proteins: Labelled) -> Map:

@@ -5,20 +5,17 @@ the evaluation on held-out proteins, and the map of them. Nothing that fails the
 """
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_plm.config import UserError
 from hf_plm.data.manifest import read_manifest
 from hf_plm.data.sources import find_sources, has_cluster, read_records
+from hf_plm.files import write_whole
 from hf_plm.judging.evaluation import evaluate_models
 from hf_plm.judging.findings import FOLDER, home, read_findings, write_findings
 from hf_plm.judging.protocol import CROP, Protocol, read_sample
@@ -113,9 +110,8 @@ def write_report(asked: Asked) -> Path:
     body = _sections(asked, subjects, findings, unread, families, maps, baseline, why_not)
     title = " against ".join(subject.name for subject in subjects)
     made = datetime.now(UTC).strftime("%d %B %Y")
-    _write(
-        out, page(title, f"Protein language model · report of {made}", body, f"Made by hf_plm {__version__}, {made}.")
-    )
+    text = page(title, f"Protein language model · report of {made}", body, f"Made by hf_plm {__version__}, {made}.")
+    write_whole(out, text.encode())
     return out
 
 
@@ -206,7 +202,7 @@ def _evaluated(
     sample = read_sample(list(data), protocol, asked.sequences, "validation")
     if any(one.get("fingerprint") == sample.facts["fingerprint"] for one in known):
         return []
-    models, plain = evaluate_models(names, sample, protocol, open_model, 0, _bar)
+    models, plain = evaluate_models(names, sample, protocol, open_model)
     label = "+".join(Path(source).name for source in sample.facts["sources"])
     if len(ready) > 1:
         label += f"-against-{ready[1].name}"
@@ -215,15 +211,6 @@ def _evaluated(
         return [Finding(Path("computed for this report"), {"kind": "evaluation", "models": models, **plain})]
     write_findings(path, "evaluation", models, plain)
     return [Finding(path, read_findings(path))]
-
-
-@contextmanager
-def _bar(name: str, proteins: Sequence[Any]) -> Iterator[Any]:
-    hidden = not sys.stderr.isatty()
-    if hidden:
-        print(f"Evaluating {name} on {len(proteins):,} held-out proteins ...", file=sys.stderr, flush=True)
-    with tqdm(total=len(proteins), desc=f"evaluating {name}", disable=hidden, leave=False, unit="protein") as bar:
-        yield lambda protein: bar.update()
 
 
 def _mapped(
@@ -335,13 +322,3 @@ def _stranger(subject: Subject) -> Html:
         kind="lead",
     )
     return join([lead, facts(names)])
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None

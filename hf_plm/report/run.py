@@ -16,6 +16,7 @@ import yaml
 from hf_plm.config import KNOBS, Recipe
 from hf_plm.data.manifest import MANIFEST_NAME, SPLIT_KINDS, Manifest, manifest_of
 from hf_plm.models.presets import esm_config, num_parameters
+from hf_plm.progress import duration
 from hf_plm.report.charts import Axis, Series, rows_chart, span
 from hf_plm.report.page import (
     Html,
@@ -37,7 +38,6 @@ from hf_plm.report.page import (
 )
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import list_checkpoints
-from hf_plm.training.meter import duration
 
 MARGINS = (
     ("all targets", "margin_context_free", "validation_loss", "context_free_loss"),

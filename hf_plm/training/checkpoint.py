@@ -24,6 +24,7 @@ from torch import nn
 
 from hf_plm.config import UserError
 from hf_plm.data.order import Cursor
+from hf_plm.files import sync_folder
 from hf_plm.models.hub import sha256
 from hf_plm.training.engine import MOMENTS, put, read, set_up
 from hf_plm.training.spikes import Trend
@@ -277,13 +278,3 @@ def sync_and_hash(path: Path) -> str:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return sha256(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable; Windows cannot, and does not need to."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

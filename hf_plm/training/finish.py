@@ -11,10 +11,11 @@ from hf_plm.data.simulate import is_simulated
 from hf_plm.inference.evaluate import Evaluation
 from hf_plm.models.card import CURVES, Facts, card_name, model_card
 from hf_plm.models.hub import save_hub_folder
+from hf_plm.progress import duration
 from hf_plm.training import run_folder
 from hf_plm.training.checkpoint import Progress, write_json
 from hf_plm.training.curves import draw_curves
-from hf_plm.training.meter import Meter, duration
+from hf_plm.training.meter import Meter
 
 
 def finish(

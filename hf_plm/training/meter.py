@@ -15,6 +15,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from tqdm import tqdm
 
 from hf_plm.config import Recipe, UserError
+from hf_plm.progress import duration
 from hf_plm.training.checkpoint import write_text
 
 PLAN_AFTER_STEPS = 10
@@ -22,17 +23,6 @@ LONG_SECONDS = 3 * 86400
 MANY_EPOCHS = 50
 QUIET_SECONDS = 30.0
 """Seconds between two lines of progress where there is no terminal to draw a bar in."""
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: 45s, 12m 05s, 3h 20m, 2d 4h."""
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d {hours}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
 
 
 def keep_lines_until(path: Path, step: int, keeps_notes: bool = False) -> None:

@@ -21,12 +21,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmForMaskedLM
 
 from hf_plm.config import UserError
 from hf_plm.judging.contacts.precision import RANGES, resolved_pairs, scored
-from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, counted
+from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor
 from hf_plm.judging.contacts.structures import Structure
 from hf_plm.models.card import CURVES
 from hf_plm.models.families import Spelling
 from hf_plm.models.hub import CARD, quiet_loading, save_hub_folder, without_checksums
 from hf_plm.models.published import find_published
+from hf_plm.progress import shown
 
 INVERSE_PENALTY = 0.15
 NUM_PROTEINS = 20
@@ -97,7 +98,7 @@ def fit_regression(predictor: ContactPredictor, structures: list[Structure]) -> 
     Raises `UserError` where all pairs are contacts, or none.
     """
     features, contacts = [], []
-    for structure in counted(structures, len(structures), "fitting contacts"):
+    for structure in shown("fitting contacts", structures, [len(one.residues) for one in structures]):
         pairs_P2 = resolved_pairs(structure)
         features.append(predictor.features(structure.residues, pairs_P2))
         contacts.append(structure.contacts_NN()[pairs_P2[:, 0], pairs_P2[:, 1]])

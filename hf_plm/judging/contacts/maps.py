@@ -17,10 +17,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_plm.config import UserError
-from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, check_lengths, counted, windows
+from hf_plm.files import write_whole
+from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, check_lengths, windows
 from hf_plm.judging.contacts.structures import Structure, holds_structures, read_structures
-from hf_plm.judging.findings import write_whole
 from hf_plm.judging.plots import COLOURS, figure, save
+from hf_plm.progress import shown
 from hf_plm.proteins.fasta import FastaReader, IllegalResidueError, clean
 
 FORMATS = ("csv", "npz")
@@ -86,7 +87,8 @@ def write_contacts(
     lines = ["id,residues,file,picture,windows,pairs,pairs_not_predicted"]
     num_long = num_short = 0
     names = _file_names([one.id for one in proteins])
-    for protein, name in zip(counted(proteins, len(proteins), "predicting contacts"), names, strict=True):
+    costs = [len(one.residues) for one in proteins]
+    for protein, name in zip(shown("predicting contacts", proteins, costs), names, strict=True):
         length = len(protein.residues)
         map_NN = predictor.probabilities(protein.residues)
         num_pairs = max(0, length - LEAST_SEPARATION) * (length - LEAST_SEPARATION + 1) // 2

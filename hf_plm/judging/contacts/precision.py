@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_plm.judging.contacts.predictor import ContactPredictor, counted, far_pairs
+from hf_plm.judging.contacts.predictor import ContactPredictor, far_pairs
 from hf_plm.judging.contacts.structures import Structure
+from hf_plm.progress import shown
 
 RANGES = {"short": (6, 11), "medium": (12, 23), "long": (24, 10**9)}
 """Separations along the chain, both ends included."""
@@ -54,7 +55,7 @@ def evaluate_contacts(predictor: ContactPredictor, structures: Iterable[Structur
     """A row for each protein: id, set, atom, residues, resolved, not_predicted, and what `precisions` gives."""
     rows = []
     structures = list(structures)
-    for structure in counted(structures, len(structures), "predicting contacts"):
+    for structure in shown("predicting contacts", structures, [len(one.residues) for one in structures]):
         pairs_P2 = resolved_pairs(structure)
         scores_P = predictor.probabilities(structure.residues)[pairs_P2[:, 0], pairs_P2[:, 1]]
         rows.append(

@@ -9,11 +9,9 @@ which takes 0.2 GB, and a quarter of the time. All is fp32: the correction takes
 Dimensions: N residues, H heads of a layer, C attention maps of all layers, P pairs.
 """
 
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +24,8 @@ from hf_plm.models.locate import locate, revision
 
 LEAST_SEPARATION = 6
 """Of two residues along the chain; nearer ones touch anyway. Source: Rao et al. 2021."""
-FIRST_SECONDS, SAY_SECONDS = 10.0, 60.0
-"""Before the first line of progress, and between two, where there is no terminal for a bar."""
 LONGEST = 5000
 """Residues: what grows with their square takes some 1.5 GB then, where contacts are judged."""
-T = TypeVar("T")
 
 
 class ContactPredictor:
@@ -206,18 +201,3 @@ def _listening(model: EsmForMaskedLM, hear: Callable[[int, torch.Tensor], None])
             handle.remove()
         model.set_attn_implementation(before)
         model.train(was_training)
-
-
-def counted(items: Iterable[T], total: int, doing: str) -> Iterator[T]:
-    """The items, with a bar where stderr is a terminal, and now and then a line elsewhere."""
-    from tqdm import tqdm
-
-    is_terminal = sys.stderr.isatty()
-    said = time.monotonic() - SAY_SECONDS + FIRST_SECONDS
-    for number, item in enumerate(
-        tqdm(items, desc=doing, total=total, disable=not is_terminal, leave=False, dynamic_ncols=True, unit="protein")
-    ):
-        if not is_terminal and time.monotonic() - said > SAY_SECONDS:
-            said = time.monotonic()
-            print(f"{doing}: {number:,} of {total:,} proteins", flush=True)
-        yield item

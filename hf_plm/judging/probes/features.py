@@ -5,17 +5,12 @@ Vectors are kept of the rows that are used and of no others, in fp32: 100,000 si
 Dimensions: P proteins, R rows, D numbers of a row, N residues, A = 20 letters.
 """
 
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
 import numpy as np
 import psutil
-from tqdm import tqdm
 
 from hf_plm.inference.vectors import Encoder, embed_stream
 from hf_plm.judging.probes.task import Task
+from hf_plm.progress import shown
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
 
 FEATURES = ("residue", "site")
@@ -23,8 +18,6 @@ FEATURES = ("residue", "site")
 embed.py)."""
 WINDOW = 7
 """Residues on either side of a one-hot window: 15 in all."""
-SAY_SECONDS = 60.0
-Item = TypeVar("Item")
 
 
 def embedded(encoder: Encoder, task: Task, features: str = "residue", label: str = "embedding") -> np.ndarray:
@@ -42,12 +35,8 @@ def embedded(encoder: Encoder, task: Task, features: str = "residue", label: str
     # Of like length one after the other: less waits for the longest of a batch.
     sequences = sorted(rows_of, key=len, reverse=True)
     pool = "mean" if task.level == "protein" else "none"
-    vectors = shown(
-        embed_stream(encoder, [(one.encode() for one in sequences)], (pool,), "window", encoder.limit),
-        [len(sequence) for sequence in sequences],
-        label,
-    )
-    for sequence, pooled in zip(sequences, vectors, strict=True):
+    vectors = embed_stream(encoder, [(one.encode() for one in sequences)], (pool,), "window", encoder.limit)
+    for sequence, pooled in zip(sequences, shown(label, vectors, map(len, sequences)), strict=True):
         rows, vector = rows_of[sequence], pooled[pool]
         if task.level == "protein":
             found_RD[rows] = vector
@@ -81,24 +70,3 @@ def letters(task: Task, features: str = "residue") -> np.ndarray:
     for offset in range(-WINDOW, WINDOW + 1):
         found[np.arange(len(task)), (offset + WINDOW) * width + joined[at_R + offset]] = 1
     return np.hstack([found, shares_PA[task.proteins_R]]) if features == "site" else found
-
-
-def shown(items: Iterable[Item], weights: list[int], label: str) -> Iterator[Item]:
-    """The items, with a bar on a terminal and elsewhere a line now and then, by the share of their weights."""
-    total, done = max(sum(weights), 1), 0
-    said = time.monotonic()
-    bar = tqdm(
-        total=total,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-        dynamic_ncols=True,
-        bar_format=f"{label}  {{percentage:3.0f}}% |{{bar}}| {{remaining}} left",
-    )
-    with bar:
-        for item, weight in zip(items, weights, strict=True):
-            yield item
-            done += weight
-            bar.update(weight)
-            if bar.disable and time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                print(f"{label}: {done / total:.0%}", flush=True)

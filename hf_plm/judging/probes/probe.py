@@ -21,11 +21,12 @@ from hf_plm.config import UserError
 from hf_plm.data.heldout import hash_of
 from hf_plm.inference.vectors import Encoder
 from hf_plm.judging.intervals import Difference, Interval, bootstrap_intervals, paired_difference
-from hf_plm.judging.probes.features import FEATURES, embedded, letters, shown
+from hf_plm.judging.probes.features import FEATURES, embedded, letters
 from hf_plm.judging.probes.measures import NAMES, headline, measure, measures
 from hf_plm.judging.probes.predictors import MOST_STEPS, PREDICTORS, STACK, Fitted, How, Rows, choose, fit
 from hf_plm.judging.probes.splits import KMER_SHARE, Plan, near_pairs, plan
 from hf_plm.judging.probes.task import Task, side
+from hf_plm.progress import shown
 
 MOST_TREE_CLASSES = 30
 """Boosting fits a tree a class and round; beyond so many classes it is only done when it is asked for by name."""
@@ -223,7 +224,7 @@ def predictions(prepared: Prepared, X_RD: np.ndarray, names: Sequence[str], labe
     scores = {name: np.full((len(prepared.task), classes), np.nan) for name in names}
     work = [(one, name) for one in prepared.rounds for name in names]
     with threadpool_limits(limits=prepared.how.threads):
-        for one, name in shown(work, [1] * len(work), label):
+        for one, name in shown(label, work, [1] * len(work)):
             rows = Rows(X_RD[one.fit], prepared.task.labels_R[one.fit], groups_R[one.fit])
             settings, value = choose(name, rows, one.inner, prepared.how)
             fitted = fit(name, rows, settings, prepared.how)
@@ -276,7 +277,7 @@ def measured(prepared: Prepared, scores: dict[str, np.ndarray]) -> dict[str, dic
     kind, groups_R = prepared.task.kind, prepared.groups_R
     work = [(test, name, rows) for test, rows in prepared.tests.items() for name in scores]
     found: dict[str, dict[str, dict[str, Interval]]] = {test: {} for test in prepared.tests}
-    for test, name, rows in shown(work, [len(rows) for _, _, rows in work], "intervals"):
+    for test, name, rows in shown("intervals", work, [len(rows) for _, _, rows in work]):
         of = measures(kind, prepared.task.labels_R[rows], scores[name][rows], prepared.ranked(scores[name])[rows])
         found[test][name] = dict(
             zip(NAMES[kind], bootstrap_intervals(groups_R[rows], of, prepared.resamples), strict=True)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.files import write_whole
 from hf_plm.inference.embedder import Embedder
 from hf_plm.judging.findings import home, read_findings, write_findings
 from hf_plm.judging.intervals import Interval
@@ -280,13 +280,7 @@ def write_csv(path: Path, head: list[str], lines: Iterable[list[str]], separator
     writer = csv.writer(buffer, delimiter=separator, lineterminator="\n")
     writer.writerow(head)
     writer.writerows(lines)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(buffer.getvalue(), encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    write_whole(path, buffer.getvalue().encode())
 
 
 def apply(model: Model, folder: Path, data: Path, out: Path, illegal: str = "reject") -> int:

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_plm.config import UserError
-from hf_plm.judging.findings import home, write_findings, write_whole
+from hf_plm.files import write_whole
+from hf_plm.judging.findings import home, write_findings
 from hf_plm.judging.requirements import require_judge
 from hf_plm.judging.scores.agreement import METRICS, averages, blosum62, metrics
-from hf_plm.judging.scores.marginals import Progress, num_residues, num_split, score_variants
+from hf_plm.judging.scores.marginals import num_residues, num_split, score_variants
 from hf_plm.judging.scores.variants import Table, Variant, find_variants, read_table, write_table
 from hf_plm.lock import locked
 from hf_plm.models.masked_lm import MaskedLM
+from hf_plm.progress import Progress
 from hf_plm.proteins.fasta import IllegalResidueError, clean
 
 REFERENCE = "DMS_substitutions.csv"

@@ -21,15 +21,11 @@ inner windows have neither <cls> nor <eos>; here a window of 1,022 residues is e
 Dimensions: N residues, P places, A letters (20), M mutations of all variants together.
 """
 
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
-from tqdm import tqdm
 
-from hf_plm.inference.progress import FIRST_SECONDS, SAY_SECONDS, duration
 from hf_plm.judging.scores.variants import Variant
 from hf_plm.models.masked_lm import LETTER_INDEX, LETTERS, MaskedLM, Query
 
@@ -169,38 +165,3 @@ def _shown(residues: bytes, piece: Piece, limit: int) -> bytes:
     for one in mutations:
         shown[one.place - begin] = ord(one.letter)
     return bytes(shown)
-
-
-class Progress:
-    """A bar over the residues to send through a model, or now and then a line where there is no terminal."""
-
-    def __init__(self, doing: str, total: int):
-        self._doing, self._total, self._done = doing, max(total, 1), 0
-        self._bar = tqdm(
-            total=self._total,
-            disable=not sys.stderr.isatty(),
-            bar_format=f"{doing}  {{percentage:3.0f}}% |{{bar}}| {{desc}}{{remaining}} left",
-            dynamic_ncols=True,
-            leave=False,
-        )
-        self._began = time.monotonic()
-        self._said = self._began - SAY_SECONDS + FIRST_SECONDS
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def count(self, num_residues: int) -> None:
-        self._done += num_residues
-        self._bar.update(num_residues)
-        now = time.monotonic()
-        if self._bar.disable and now - self._said >= SAY_SECONDS and self._done < self._total:
-            self._said = now
-            left = (now - self._began) * (self._total - self._done) / self._done
-            print(f"{self._done / self._total:4.0%}  {self._doing}, {duration(left)} left", flush=True)
-
-    def say(self, line: str) -> None:
-        """A line that does not break the bar."""
-        tqdm.write(line) if not self._bar.disable else print(line, flush=True)

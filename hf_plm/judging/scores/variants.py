@@ -20,7 +20,7 @@ import numpy as np
 from Bio.Data.IUPACData import protein_letters_3to1
 
 from hf_plm.config import UserError
-from hf_plm.judging.findings import write_whole
+from hf_plm.files import write_whole
 from hf_plm.proteins.fasta import IllegalResidueError, clean, read_fasta
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
 
