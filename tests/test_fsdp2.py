@@ -73,12 +73,15 @@ def test_sharded_losses_norms_and_validations_are_those_of_one_process(runs: Pat
         assert largest_difference(runs / "one", runs / "fsdp2", name) < tolerance
 
 
-def test_the_run_is_sharded_and_computes_in_the_precision_it_says(
-    runs: Path, family_fasta: Path, tmp_path: Path
-) -> None:
-    """No process holds a whole gradient between the rounds of a step, and bf16 is bf16 (the twin: fp32 is not)."""
+def test_the_run_is_sharded(runs: Path) -> None:
+    """No process holds a whole gradient between the rounds of a step."""
     seen = json.loads((runs / "fsdp2" / "fsdp2.json").read_text())
     assert seen == {"whole_gradient_elements": 0, "computed_in": "torch.float32"}
+
+
+@pytest.mark.slow
+def test_the_run_computes_in_the_precision_it_says(runs: Path, family_fasta: Path, tmp_path: Path) -> None:
+    """bf16 is bf16 (the twin: fp32 is not)."""
     run("fsdp2", tmp_path / "run", family_fasta, "--run.precision", "bf16")
     seen = json.loads((tmp_path / "run" / "fsdp2.json").read_text())
     assert seen == {"whole_gradient_elements": 0, "computed_in": "torch.bfloat16"}

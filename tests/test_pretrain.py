@@ -126,7 +126,11 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("how", "step", "workers"),
-    [(signal.SIGKILL, 8, 0), (signal.SIGTERM, 8, 2), (signal.SIGTERM, 5, 0)],  # 6 is a step of a validation
+    [  # 6 is a step of a validation
+        pytest.param(signal.SIGKILL, 8, 0, marks=pytest.mark.slow),
+        (signal.SIGTERM, 8, 2),
+        (signal.SIGTERM, 5, 0),
+    ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     whole_run: tuple[Path, str], family_fasta: Path, tmp_path: Path, how: signal.Signals, step: int, workers: int

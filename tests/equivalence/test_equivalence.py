@@ -115,6 +115,7 @@ def test_no_run_waits_for_a_kernel_to_be_built(runs: Runs) -> None:
     assert not (runs.folder / EXTENSIONS).exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_published_weights_is_the_same_under_stage_3(runs: Runs, record_property: Any) -> None:
     """Whatever loads a model while transformers knows of stage 3 gets empty weights. And evaluating changes nothing."""
     knobs = (("init.from", str(runs(ONE).folder / "hub")),)
