@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and never in the place of what was read."""
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from hf_plm.config import UserError
@@ -21,6 +22,23 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def check_writable(path: Path) -> None:
+    """Before long work: raises `UserError` where a file of that name could not be written at its end."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where the name of a file to write was expected.")
+    folder = next(one for one in path.absolute().parents if one.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written: {folder} is no folder that can be written to.")
+
+
+def keep_inputs(read: Iterable[Path | str | None], *written: Path) -> None:
+    """Raises `UserError` where one of the paths to write is one of those to read, which may be None or no path."""
+    places = {Path(given).expanduser().resolve() for given in read if given is not None}
+    for path in written:
+        if path.expanduser().resolve() in places:
+            raise UserError(f"{path} would be written, but is what is read; name another with --out.")
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_plm.cli.process import quick_imports
 from hf_plm.config import UserError
+from hf_plm.files import check_writable, keep_inputs
 
 if TYPE_CHECKING:
     from hf_plm.models.masked_lm import MaskedLM
@@ -75,13 +76,11 @@ def _check(parsed: argparse.Namespace) -> None:
         )
 
 
-def _keep_inputs(parsed: argparse.Namespace, *written: Path) -> None:
-    """Raises `UserError` where one of the paths to write is one of those to read."""
-    read = [parsed.variants, parsed.wild_type, parsed.scan, parsed.dms, parsed.reference]
-    places = {given.resolve() for given in read if given}
+def _check_outputs(parsed: argparse.Namespace, *written: Path) -> None:
+    """Raises `UserError` where one of the paths to write is one of those to read, or cannot be written."""
+    keep_inputs([parsed.variants, parsed.wild_type, parsed.scan, parsed.dms, parsed.reference], *written)
     for path in written:
-        if path.resolve() in places:
-            raise UserError(f"{path} would be written, but is what is read; name another with --out.")
+        check_writable(path)
 
 
 def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
@@ -93,7 +92,7 @@ def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
     from hf_plm.progress import Progress
 
     out = parsed.out or Path("variant_scores.csv")
-    _keep_inputs(parsed, out)
+    _check_outputs(parsed, out)
     protein, residues = read_wild_type(parsed.wild_type)
     table = read_table(parsed.variants)
     if table.find(SCORE) is not None:
@@ -159,7 +158,7 @@ def _score_benchmark(parsed: argparse.Namespace, open_model: Any) -> None:
     from hf_plm.judging.scores.dms import find_assays, run_dms
 
     out = parsed.out or Path("dms_scores")
-    _keep_inputs(parsed, out)
+    keep_inputs([parsed.dms, parsed.reference], out)
     assays, missing = find_assays(parsed.dms, parsed.reference)
     found = run_dms(open_model(), parsed.model, parsed.dms.resolve().name, assays, missing, parsed.method, out)
     rows = [
@@ -192,7 +191,7 @@ def _scan(parsed: argparse.Namespace, open_model: Any) -> None:
     names = [_file_name(name, taken) for name, _ in proteins]
     out = parsed.out or Path("scan.csv" if len(proteins) == 1 else "scan")
     paths = [out] if len(proteins) == 1 else [out / f"{name}.csv" for name in names]
-    _keep_inputs(parsed, *paths, *(path.with_suffix(".png") for path in paths))
+    _check_outputs(parsed, *paths, *(path.with_suffix(".png") for path in paths))
     if len(proteins) == 1 and out.suffix != ".csv":
         raise UserError(f"--out of a scan is a .csv file, beside which the .png is put, not {out}.")
     model = open_model()
