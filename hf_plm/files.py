@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 
 from hf_plm.config import UserError
@@ -34,10 +35,12 @@ def check_writable(path: Path) -> None:
 
 
 def keep_inputs(read: Iterable[Path | str | None], *written: Path) -> None:
-    """Raises `UserError` where one of the paths to write is one of those to read, which may be None or no path."""
-    places = {Path(given).expanduser().resolve() for given in read if given is not None}
+    """Raises `UserError` where a file to write is one of those to read: files, folders, globs, other names, or None."""
+    names = [os.path.expanduser(given) for given in read if given is not None]
+    places = {Path(one).resolve() for name in names for one in (name, *glob(str(name), recursive=True))}
     for path in written:
-        if path.expanduser().resolve() in places:
+        place = path.expanduser().resolve()
+        if place in places or (place.is_file() and not places.isdisjoint(place.parents)):
             raise UserError(f"{path} would be written, but is what is read; name another with --out.")
 
 

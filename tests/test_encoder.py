@@ -35,8 +35,9 @@ from hf_plm.config import UserError
 from hf_plm.inference.embedder import Embedder
 from hf_plm.models import t5
 from hf_plm.models.attention import VARLEN_ROUTE, _varlen_works, attention_route
-from hf_plm.models.encoder import TorchEncoder, load_encoder, open_encoder
+from hf_plm.models.encoder import TorchEncoder, load_encoder
 from hf_plm.models.families import FAMILIES, spelling_of
+from hf_plm.models.stock import open_encoder
 from hf_plm.models.t5 import packed_t5_hidden_states
 from hf_plm.models.threads import calls_at_once
 
@@ -312,7 +313,7 @@ def test_numbers_that_are_none_are_not_written(folders):
 
 
 def test_a_language_model_is_warned_of(tmp_path, folders, capsys, monkeypatch):
-    monkeypatch.setattr("hf_plm.models.encoder.LARGEST_VOCABULARY", 20)
+    monkeypatch.setattr("hf_plm.models.stock.LARGEST_VOCABULARY", 20)
     Embedder(folders["ESM-2"])
     assert "has a vocabulary of 33 tokens, as no model of proteins has" in capsys.readouterr().err
 

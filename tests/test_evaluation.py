@@ -187,14 +187,36 @@ def test_the_command(finished_run, random_model, fasta, tmp_path, capsys):
     assert "hf_plm-1" in shown
     assert "pseudo-perplexity" in shown
     assert "cluster members" in shown
+    assert "are few" in shown
     found = read_findings(out)
     assert [model["model"] for model in found["models"]] == [str(run), str(random_model)]
     assert found["models"][0]["revision"].startswith("sha256:")
     assert found["protocol"]["name"] == "hf_plm-1"
     assert found["differences"][0]["a"] == str(random_model)
-    kept = read_findings(run / "findings" / "evaluation-some.fasta.json")
-    assert kept["results"] == found["results"][:1]
+    (kept,) = (run / "findings").glob("evaluation-some.fasta-32-*.json")
+    assert read_findings(kept) == found
     assert json.loads(out.read_text())["format"] == 1
+
+    # What is asked otherwise is kept beside it, the run's own numbers first.
+    main(["evaluate", str(random_model), str(run), "--data", str(fasta), "--sequences", "5"])
+    (few,) = (run / "findings").glob("evaluation-some.fasta-5-*.json")
+    assert kept.exists()
+    few = read_findings(few)
+    assert [one["model"] for one in few["results"]] == [one["model"] for one in few["models"]]
+    assert few["results"][0]["model"] == str(run)
+    assert few["differences"][0]["a"] == str(run)
+
+
+def test_nothing_is_lost_where_the_reader_goes_away(random_model, fasta, tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise BrokenPipeError
+
+    out = tmp_path / "found.json"
+    monkeypatch.setattr("builtins.print", broken)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    with pytest.raises(SystemExit, match="1"):
+        main(["evaluate", str(random_model), "--data", str(fasta), "--out", str(out)])
+    assert read_findings(out)["data"]["proteins"] == 32
 
 
 @pytest.mark.parametrize(
@@ -206,12 +228,24 @@ def test_the_command(finished_run, random_model, fasta, tmp_path, capsys):
         (["MODEL", "--data", "FASTA", "--crop", "2000"], "--crop 1022"),
         (["MODEL", "--data", "BAD"], "of 1 records are rejected"),
         (["MODEL", "--data", "FASTA", "--clusters", "FASTA"], "a tab between"),
+        (["MODEL", "--data", "FASTA", "--out", "FASTA"], "is what is read"),
+        (["MODEL", "--data", "FASTA", "--out", "."], ". is a folder"),
+        (["MODEL", "--data", "FASTA", "--split", "test"], "--split goes with a prepared corpus"),
+        (["HEADLESS", "--data", "FASTA"], "EsmModel, which has no head"),
+        (["BARE", "--data", "FASTA"], "holds no tokenizer"),
     ],
 )
 def test_mistakes_are_one_sentence(words, message, random_model, fasta, tmp_path, capsys):
     bad = tmp_path / "bad.fasta"
     bad.write_text(">one\nMK1\n")
-    given = [{"MODEL": str(random_model), "FASTA": str(fasta), "BAD": str(bad)}.get(word, word) for word in words]
+    places = {"MODEL": random_model, "FASTA": fasta, "BAD": bad, "HEADLESS": tmp_path / "1", "BARE": tmp_path / "2"}
+    for name in ("1", "2"):
+        shutil.copytree(random_model, tmp_path / name)
+    config = json.loads((tmp_path / "1" / "config.json").read_text())
+    (tmp_path / "1" / "config.json").write_text(json.dumps({**config, "architectures": ["EsmModel"]}))
+    for path in [*(tmp_path / "2").glob("*token*"), *(tmp_path / "2").glob("vocab*")]:
+        path.unlink()
+    given = [str(places.get(word, word)) for word in words]
     with pytest.raises(SystemExit, match="1"):
         main(["evaluate", *given])
     told = capsys.readouterr().err

@@ -39,7 +39,12 @@ def test_what_is_read_is_kept(tmp_path, monkeypatch):
     (tmp_path / "a.fasta").touch()
     (tmp_path / "link").symlink_to("a.fasta")
     monkeypatch.chdir(tmp_path)
-    keep_inputs([tmp_path / "a.fasta", None, "user/dataset"], tmp_path / "b.fasta")
+    keep_inputs([tmp_path / "a.fasta", None, "user/dataset", tmp_path / "folder"], tmp_path / "b.fasta")
+    keep_inputs([tmp_path], tmp_path / "b.fasta")
+    for read in (tmp_path, str(tmp_path / "*.fasta"), "~/a.fasta"):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(UserError, match="would be written, but is what is read"):
+            keep_inputs([read], tmp_path / "a.fasta")
     for out in (tmp_path / "a.fasta", tmp_path / "link"):
         with pytest.raises(UserError, match="would be written, but is what is read"):
             keep_inputs(["a.fasta", None], out)

@@ -76,7 +76,8 @@ def open_encoder(model: str | Path, options: Options) -> Encoder:
     if options.backend == "onnx":
         return _open_onnx(name, folder, options)
     require_torch()
-    from hf_plm.models.encoder import load_encoder, pick_device, pick_precision
+    from hf_plm.models.encoder import load_encoder
+    from hf_plm.models.stock import pick_device, pick_precision
 
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
@@ -97,9 +98,9 @@ def _open_onnx(name: str, folder: Path, options: Options) -> Encoder:
             require_torch()
             from transformers import T5EncoderModel
 
-            from hf_plm.models.encoder import open_encoder as open_in_torch
             from hf_plm.models.families import longest
             from hf_plm.models.graphs import write_graphs
+            from hf_plm.models.stock import open_encoder as open_in_torch
 
             print(f"Exporting {name} to ONNX, once ({exported}) ...", flush=True)
             stock, spelling, facts = open_in_torch(folder, name)

@@ -20,10 +20,11 @@ import torch
 from transformers import EsmForMaskedLM, PreTrainedModel
 
 from hf_plm.config import UserError
-from hf_plm.models.encoder import DTYPES, lowered, masked_lm_parts, open_stock_masked_lm, pick_device, pick_precision
+from hf_plm.models.encoder import lowered
 from hf_plm.models.families import Spelling, longest
 from hf_plm.models.locate import locate, revision
 from hf_plm.models.packed import packed_hidden_states_at
+from hf_plm.models.stock import DTYPES, masked_lm_parts, open_stock_masked_lm, pick_device, pick_precision
 from hf_plm.models.threads import CPU_TOKENS, calls_at_once
 from hf_plm.proteins.vocabulary import RESIDUES
 
