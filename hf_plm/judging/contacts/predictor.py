@@ -18,9 +18,9 @@ import torch
 from transformers import EsmForMaskedLM
 
 from hf_plm.config import UserError
-from hf_plm.models.encoder import open_stock_masked_lm, pick_device
 from hf_plm.models.families import Spelling, longest
 from hf_plm.models.locate import locate, revision
+from hf_plm.models.stock import open_stock_masked_lm, pick_device
 
 LEAST_SEPARATION = 6
 """Of two residues along the chain; nearer ones touch anyway. Source: Rao et al. 2021."""
