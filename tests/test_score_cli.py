@@ -57,6 +57,7 @@ def test_a_table_comes_back_with_one_column_more(run_folder, here, capsys):
     assert "4 variants of wild/type (20 residues), masked: 5 forward passes" in printed
     assert "without a measurement: 1 of 4 rows" in printed
     assert "BLOSUM62" in printed
+    assert "(95%, bootstrap over positions)" in printed
     kept = read_findings(run_folder / "findings" / "score-v-wild_type-masked.json")
     assert (kept["kind"], kept["variants"], kept["measured"]) == ("score", 4, 3)
     assert kept["blosum62"]["spearman"] is not None
@@ -149,6 +150,9 @@ def test_a_protein_that_cannot_be_scanned_is_told_before_the_others_are(run_fold
         ("--scan p.fasta --out p.fasta", "p.fasta would be written, but is what is read"),
         ("--variants v.tsv --wild-type p.fasta --out p.fasta/x.csv", "p.fasta/x.csv cannot be written"),
         ("--variants v.tsv --wild-type none.fasta", "There is no file none.fasta"),
+        ("--variants v.tsv --wild-type p.fasta --out .", "is a folder, where the name of a file"),
+        ("--variants v.tsv --wild-type p.fasta --out x.xlsx", r"which \.xlsx files are not; name x\.csv"),
+        ("--dms v.tsv", r"v\.tsv is a file; --dms takes a folder"),
         ("--variants v.tsv --wild-type p.fasta --offset 1", r"line 2: K2A: the wild type has M at position 1 \(2 less"),
     ],
 )

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.judging.scores.variants import find_variants, parse, read_table, read_wild_type
+from hf_plm.judging.scores.variants import find_variants, parse, read_proteins, read_table, read_wild_type
 
 WILD_TYPE = b"MKTAYIAKQRQISFVKXHFSRQ"
 #             1   5    10   15   20
@@ -89,7 +89,7 @@ def test_rows_that_do_not_fit(tmp_path, rows, message):
 
 
 def test_an_empty_cell_is_no_wild_type(tmp_path):
-    with pytest.raises(UserError, match="line 3: : the cell is empty"):
+    with pytest.raises(UserError, match="in line 3: the cell is empty"):
         find_variants(table(tmp_path, "mutant,x\nK2A,1\n,2\n"), WILD_TYPE)
 
 
@@ -154,3 +154,22 @@ def test_the_wild_type_is_one_protein(tmp_path):
     path.write_text(">a\nMK1\n")
     with pytest.raises(UserError, match=r"record 1 \(a\): .*'1' at position 3"):
         read_wild_type(path)
+
+
+def test_a_decimal_comma_and_a_column_that_is_there_twice(tmp_path):
+    path = tmp_path / "v.csv"
+    path.write_text("mutant;DMS_score;Mutant\nK2A;0,5;K2A\n")
+    table = read_table(path)
+    with pytest.raises(UserError, match="not '0,5'; write a point for the decimal comma"):
+        table.numbers(1)
+    with pytest.raises(UserError, match="has several columns mutant"):
+        table.find("mutant")
+
+
+def test_dna_is_told(tmp_path, capsys):
+    path = tmp_path / "p.fasta"
+    path.write_text(f">gene\n{'ACGT' * 40}\n>protein\n{'MKTAYIAK' * 20}\n")
+    read_proteins(path)
+    told = capsys.readouterr().err
+    assert "record 1 (gene): almost only A C G T" in told
+    assert "record 2" not in told

@@ -63,6 +63,8 @@ def run_command(arguments: Sequence[str] | None = None) -> None:
         print(f"hf-plm: The {what}{where}; free space and run the same command again.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
+        if tells():
+            print("hf-plm: Stopped.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 METHODS = ("masked", "random-masks", "wild-type", "pseudo-likelihood")
 """As in hf_plm.judging.scores.marginals, which imports torch."""
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".parquet")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,7 +32,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     score.add_argument("--wild-type", type=Path, metavar="FASTA", help="the protein that --variants are of")
     score.add_argument("--method", choices=METHODS, default="masked", help="where probabilities come from (masked)")
     score.add_argument("--offset", type=int, help="how far positions of --variants are ahead of the wild type's (0)")
-    score.add_argument("--mutant-column", metavar="NAME", help="column of mutants (mutant, variant, mutations, hgvs)")
+    score.add_argument("--mutant-column", metavar="NAME", help="column of mutants (mutant, variant, hgvs or the like)")
     score.add_argument("--reference", type=Path, metavar="CSV", help="of --dms: DMS_substitutions.csv (in its folder)")
     score.add_argument(
         "--out",
@@ -81,6 +82,10 @@ def _check_outputs(parsed: argparse.Namespace, *written: Path) -> None:
     keep_inputs([parsed.variants, parsed.wild_type, parsed.scan, parsed.dms, parsed.reference], *written)
     for path in written:
         check_writable(path)
+        if path.suffix.lower() in SPREADSHEETS:
+            raise UserError(
+                f"Tables are written as CSV or TSV, which {path.suffix} files are not; name {path.stem}.csv."
+            )
 
 
 def _score_table(parsed: argparse.Namespace, open_model: Any) -> None:
@@ -139,18 +144,26 @@ def _agreement(name: str, scores_V: Any, variants: Any, measured_V: Any, fit_V: 
     """Print how scores and BLOSUM62 agree with what was measured, where it was; for the findings."""
     import numpy as np
 
-    from hf_plm.judging.scores.agreement import METRICS, blosum62, metrics
+    from hf_plm.judging.scores.agreement import METRICS, agreement_intervals, blosum62, metrics
 
     has_V = np.isfinite(measured_V) if fit_V is None else np.isfinite(measured_V) & np.isfinite(fit_V)
     if not has_V.all():
         print(f"Left out of what follows, without a measurement: {(~has_V).sum():,} of {len(has_V):,} rows")
     fit_V = None if fit_V is None else fit_V[has_V] > 0
-    model, baseline = (metrics(one[has_V], measured_V[has_V], fit_V) for one in (scores_V, blosum62(variants)))
+    substitutions_V = blosum62(variants)
+    model, baseline = (metrics(one[has_V], measured_V[has_V], fit_V) for one in (scores_V, substitutions_V))
     lines = [
         [title, *(found[metric] for metric in METRICS)] for title, found in ((name, model), ("BLOSUM62", baseline))
     ]
-    print("\n" + _table("", lines, METRICS) + "\n")
-    return {"measured": int(has_V.sum()), "metrics": model, "blosum62": baseline}
+    print("\n" + _table("", lines, METRICS))
+    places_V = [
+        "+".join(str(one.place) for one in variant) for variant, has in zip(variants, has_V, strict=True) if has
+    ]
+    own, above = agreement_intervals(scores_V[has_V], substitutions_V[has_V], measured_V[has_V], places_V)
+    verdict = "above" if above.low > 0 else "below" if above.high < 0 else "not shown to be above or below"
+    print(f"\nSpearman {own}, less BLOSUM62's {above:+}: {verdict} it (95%, bootstrap over positions)\n")
+    found = {"metrics": model, "blosum62": baseline, "spearman": own.plain(), "above_blosum62": above.plain()}
+    return {"measured": int(has_V.sum()), **found}
 
 
 def _score_benchmark(parsed: argparse.Namespace, open_model: Any) -> None:
@@ -174,7 +187,7 @@ def _score_benchmark(parsed: argparse.Namespace, open_model: Any) -> None:
     rows.append(["standard error", *(averages[metric]["standard_error"] for metric in pick)])
     print(_table("average by selection", rows, (*METRICS, "BLOSUM62")))
     print("\nBLOSUM62 is the Spearman of that matrix. Means over assays of a protein, over proteins, over selections.")
-    print(f"Written to {out}: summary.csv, findings.json and the scores of each assay")
+    print(f"Written to {out}: summary.csv and the scores of each assay")
 
 
 def _scan(parsed: argparse.Namespace, open_model: Any) -> None:
@@ -209,6 +222,7 @@ def _scan(parsed: argparse.Namespace, open_model: Any) -> None:
             if kept := home(parsed.model, "scan", f"{file_name}-{parsed.method}"):
                 plain = {"protein": name, "residues": residues.decode(), "letters": LETTERS, "method": parsed.method}
                 write_findings(kept, "scan", [model.facts], {**plain, "scores_NA": scores_NA.round(4)})
+                progress.say(f"Kept in {kept}")
 
 
 def _file_name(name: str, taken: set[str]) -> str:

@@ -65,6 +65,16 @@ class _Batch:
     letters_256: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
 
 
+def note_of_dna(num_letters: int, num_bases: int) -> str:
+    """What to say of letters of which so many are `DNA_LETTERS`; '' where there are too few, or it may be protein."""
+    if num_letters < DNA_FEWEST_LETTERS or num_bases <= DNA_SHARE * num_letters:
+        return ""
+    return (
+        f"almost only A C G T ({num_bases / num_letters:.0%} of the letters, U and N included), so it looks like DNA "
+        "or RNA where protein is expected"
+    )
+
+
 class Intake:
     """What was read, kept and dropped, and where it went. A context manager: its files are closed whatever happens."""
 
@@ -188,11 +198,8 @@ class Intake:
     def _warn_of_dna(self, batch: _Batch) -> None:
         num_letters = int(batch.letters_256.sum())
         num_bases = int(batch.letters_256[list(DNA_LETTERS)].sum())
-        if num_letters >= DNA_FEWEST_LETTERS and num_bases > DNA_SHARE * num_letters:
-            self._warnings.append(
-                f"{batch.source.name}: almost only A C G T ({num_bases / num_letters:.0%} of the letters, U and N "
-                "included), so it looks like DNA or RNA where protein is expected"
-            )
+        if note := note_of_dna(num_letters, num_bases):
+            self._warnings.append(f"{batch.source.name}: {note}")
 
     def _list_rejected(self, source: str, number: int, id_: str, position: int | None, reason: str) -> None:
         self._rejected.write(f"{source}\t{number}\t{id_}\t{position or ''}\t{reason}\n")

@@ -16,7 +16,7 @@ import numpy as np
 
 from hf_plm.config import UserError
 from hf_plm.data.heldout import SeenHashes
-from hf_plm.data.intake import DNA_FEWEST_LETTERS, DNA_LETTERS, DNA_SHARE
+from hf_plm.data.intake import DNA_LETTERS, note_of_dna
 from hf_plm.data.sources import Source, read_records
 from hf_plm.proteins.fasta import IllegalResidueError, clean
 
@@ -153,11 +153,8 @@ def write_worklist(
                     num_new_ids += int(seen.add(np.array(hashes).view(np.uint64)).sum())
                     hashes = array("q")
                 id_bounds.append(id_bounds[-1] + ids_file.write(raw.id.encode("utf-8", errors="replace")))
-            if num_letters >= DNA_FEWEST_LETTERS and num_bases > DNA_SHARE * num_letters:
-                own_notes.append(
-                    f"almost only A C G T ({num_bases / num_letters:.0%} of the letters, U and N included), so it "
-                    "looks like DNA or RNA where protein is expected"
-                )
+            if note := note_of_dna(num_letters, num_bases):
+                own_notes.append(note)
             notes += [f"{source.name}: {note}" for note in ([source.note] if source.note else []) + own_notes]
     num_new_ids += int(seen.add(np.array(hashes).view(np.uint64)).sum()) if hashes else 0
     num_repeated = len(bounds) - 1 - num_new_ids

@@ -29,7 +29,12 @@ class Interval:
         return {"value": self.value, "low": self.low, "high": self.high}
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        return format(self)
+
+    def __format__(self, sign: str) -> str:
+        """With the `sign` of each number, as of f"{value:+}"; without bounds where there are none."""
+        value, low, high = (f"{one:{sign}.3f}" for one in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high})" if np.isfinite(self.low) else value
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hf_plm.config import Mask, UserError
+from hf_plm.data.intake import DNA_LETTERS, note_of_dna
 from hf_plm.data.loader import keys_of
 from hf_plm.data.mask import mask_tokens, validation_bits
 from hf_plm.data.order import VALIDATION_CROP, mix, uniform_below
@@ -171,6 +172,9 @@ def read_sample(
         proteins.append(_protein(name, residues, depth, np.uint64(-key), protocol))
     if not any(len(protein.targets) for protein in proteins):
         raise UserError(f"{', '.join(map(str, data))} has not one standard residue to ask about.")
+    together = b"".join(protein.residues for protein in proteins)
+    if note := note_of_dna(len(together), len(together) - len(together.translate(None, DNA_LETTERS))):
+        notes.append(note)
     facts = {
         "sources": [source.name for source in sources],
         **counts,

@@ -8,11 +8,12 @@ type counts more than the others; ProteinGym rounds each assay to 3 digits befor
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from hf_plm.judging.intervals import Difference, Interval, bootstrap_interval, paired_difference
 from hf_plm.judging.requirements import require_judge
 from hf_plm.judging.scores.variants import Variant
 from hf_plm.models.masked_lm import LETTER_INDEX, LETTERS
@@ -48,6 +49,28 @@ def metrics(scores_V: np.ndarray, measured_V: np.ndarray, is_fit_V: np.ndarray |
     if is_best_V.any():
         found["recall"] = float(recall_score(is_best_V, is_chosen_V))
     return found
+
+
+def agreement_intervals(
+    scores_V: np.ndarray, baseline_V: np.ndarray, measured_V: np.ndarray, groups_V: np.ndarray
+) -> tuple[Interval, Difference]:
+    """The Spearman of scores, and how far it is above the baseline's, with intervals by bootstrap over groups.
+
+    Groups are variants of one position (or the same positions): they are not independent of each other. NaN where one
+    is not defined. Raises `UserError` without the extra `judge`.
+    """
+    require_judge("scipy", "sklearn")
+    from scipy.stats import spearmanr
+
+    def spearman(values_V: np.ndarray) -> Callable[[np.ndarray], float]:
+        def of(rows: np.ndarray) -> float:
+            pair = values_V[rows], measured_V[rows]
+            return float(spearmanr(*pair)[0]) if all(len(one) and np.ptp(one) for one in pair) else float("nan")
+
+        return of
+
+    own = bootstrap_interval(groups_V, spearman(scores_V))
+    return own, paired_difference(groups_V, spearman(scores_V), spearman(baseline_V))
 
 
 @functools.cache

@@ -107,7 +107,8 @@ def find_assays(folder: Path, reference: Path | None = None) -> tuple[list[Assay
     ProteinGym's types of selection. Raises `UserError` where nothing of the kind is there.
     """
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}; --dms takes one with {REFERENCE} and a CSV of each assay.")
+        what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}"
+        raise UserError(f"{what}; --dms takes a folder with {REFERENCE} and a CSV of each assay.")
     rows = _reference(reference or folder / REFERENCE) if reference or (folder / REFERENCE).is_file() else []
     tables = [next((path for path in sorted(folder.glob(f"{name}.*")) if path.is_file()), None) for name in TABLES]
     if tables[0] and tables[1]:
@@ -246,9 +247,12 @@ def run_dms(
         todo = [assay for assay in assays if not _scores_path(out, assay).is_file()]
         if len(todo) < len(assays):
             print(f"{len(assays) - len(todo):,} of {len(assays):,} assays have their scores already.")
-        total = 0
+        total = num_forwards = 0
         for assay in todo:  # what is wrong with any of them is told now
-            total += num_residues(assay.residues, assay.read().variants, method, model.limit)
+            num = num_residues(assay.residues, assay.read().variants, method, model.limit)
+            total, num_forwards = total + num, num_forwards + num // min(len(assay.residues), model.limit)
+        if todo:
+            print(f"{len(todo):,} assays, {method}: {num_forwards:,} forward passes", flush=True)
         with Progress(f"{len(todo):,} assays", total) as progress:
             for assay in todo:
                 _score(model, assay, method, _scores_path(out, assay), progress)
@@ -258,6 +262,7 @@ def run_dms(
     for path in (out / "findings.json", home(where, "dms", f"{name}-{method}")):
         if path is not None:
             write_findings(path, "dms", [model.facts], plain)
+            print(f"Kept in {path}")
     return plain
 
 

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from Bio.Data.IUPACData import protein_letters_3to1
 
 from hf_plm.config import UserError
+from hf_plm.data.intake import DNA_LETTERS, note_of_dna
 from hf_plm.files import write_whole
 from hf_plm.proteins.fasta import IllegalResidueError, clean, read_fasta
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
@@ -57,9 +59,14 @@ class Table:
     lines: list[int]
 
     def find(self, *names: str) -> int | None:
-        """The first column that has one of the names, whatever their case."""
+        """The column of the first of the names that is there, in any case; `UserError` where it is there twice."""
         columns = [name.strip().lower() for name in self.header]
-        return next((columns.index(name.lower()) for name in names if name.lower() in columns), None)
+        for name in names:
+            if columns.count(name.lower()) > 1:
+                raise UserError(f"{self.path} has several columns {name}; leave the one that is meant.")
+            if name.lower() in columns:
+                return columns.index(name.lower())
+        return None
 
     def numbers(self, column: int, may_lack: bool = False) -> np.ndarray:
         """fp64 (rows,); NaN for an empty cell where one `may_lack`. Raises `UserError` for what is no finite number."""
@@ -71,9 +78,11 @@ class Table:
             with contextlib.suppress(ValueError):
                 found[index] = float(text)
             if not np.isfinite(found[index]):
+                has_comma = re.fullmatch(r"[-+]?\d*,\d+(e[-+]?\d+)?", text.lower())
+                cure = "write a point for the decimal comma" if has_comma else "take the row out or fill it in"
                 raise UserError(
                     f"{self.path}, line {self.lines[index]}: {self.header[column]} should be a number, not "
-                    f"{row[column]!r}; take the row out or fill it in."
+                    f"{row[column]!r}; {cure}."
                 )
         return found
 
@@ -84,26 +93,23 @@ def read_table(path: Path) -> Table:
     Raises `UserError`: no such file, no text, no rows, or a row with another number of fields than the header.
     """
     try:
-        with open(path, "rb") as raw:
-            is_gzip = raw.read(2) == b"\x1f\x8b"
-        opened = gzip.open if is_gzip else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-            file.seek(0)
-            delimiter = "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
-            reader = csv.reader(file, delimiter=delimiter)
-            header = next(reader, [])
-            rows, lines = [], []
-            for row in reader:
-                if not any(cell.strip() for cell in row):
-                    continue
-                if len(row) != len(header):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(row)} fields, where the header has {len(header)}; a "
-                        "field with the delimiter in it should stand in double quotes."
-                    )
-                rows.append(row)
-                lines.append(reader.line_num)
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
+        head = text.partition("\n")[0]
+        delimiter = "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        header = next(reader, [])
+        rows, lines = [], []
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, where the header has {len(header)}; a field "
+                    "with the delimiter in it should stand in double quotes."
+                )
+            rows.append(row)
+            lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error):
         raise UserError(f"{path} is not text in UTF-8; a CSV or TSV table was expected.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -135,6 +141,8 @@ def read_proteins(path: Path) -> list[tuple[str, bytes]]:
             raise UserError(f"{path}, record {number} ({record.id}): {error}") from None
         if not residues:
             raise UserError(f"{path}, record {number} ({record.id}) has no residues.")
+        if note := note_of_dna(len(residues), len(residues) - len(residues.translate(None, DNA_LETTERS))):
+            print(f"Warning: {path}, record {number} ({record.id}): {note}.", file=sys.stderr)
         found.append((record.id, residues))
     return found
 
@@ -162,7 +170,7 @@ def find_variants(
     if is_sequence:
         column = table.find(SEQUENCE_COLUMN)
     if column is None:
-        named = f"a column {mutant_column!r}" if mutant_column else f"one of {', '.join(MUTANT_COLUMNS[:5])}"
+        named = f"a column {mutant_column!r}" if mutant_column else f"one of {', '.join(MUTANT_COLUMNS)}"
         raise UserError(
             f"{table.path} should have {named} among its columns, which are {', '.join(table.header)[:200]}; "
             "--mutant-column names another."
@@ -182,7 +190,7 @@ def find_variants(
             check(variant, residues, offset)
             variants.append(variant)
         except FaultError as fault:
-            faults.append(f"line {line}: {mutant[:60] if len(mutant) > 60 else mutant}: {fault}")
+            faults.append(f"line {line}: {f'{mutant[:60]}: ' if mutant else ''}{fault}")
     if faults:
         hint = _offset_hint(written, residues, offset) if len(written) == len(mutants) else ""
         raise UserError(
