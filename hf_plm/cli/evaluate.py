@@ -141,7 +141,7 @@ def _report(found: dict[str, Any]) -> list[str]:
             "looks better here than on new ones"
         )
     width = max(len(NO_CONTEXT), *(len(result["model"]) for result in results))
-    lines += ["", f"{'model':<{width}}  {'loss':<22} {'perplexity':<22} {'recovery, %':<22}"]
+    lines += ["", f"{'model':<{width}}  {'loss':<22} {'perplexity':<22} recovery, %"]
     for result in results:
         overall = result["overall"]
         cells = [
@@ -150,14 +150,14 @@ def _report(found: dict[str, Any]) -> list[str]:
             _interval(overall["recovery"], 1, 100),
         ]
         lines.append(f"{result['model']:<{width}}  " + " ".join(f"{cell:<22}" for cell in cells).rstrip())
-    lines += ["", f"{NO_CONTEXT:<{width}}  {'all targets':<28} masked targets"]
+    lines += ["", f"{NO_CONTEXT:<{width}}  {'all targets':<35}masked targets"]
     for result in results:
         overall = result["overall"]
         cells = [
             f"{overall['context_free_loss']:.4f}: {_interval(overall['margin_context_free'], 4, sign=True)}",
             f"{overall['unigram_entropy']:.4f}: {_interval(overall['margin_unigram_masked'], 4, sign=True)}",
         ]
-        lines.append(f"{result['model']:<{width}}  " + "   ".join(cells))
+        lines.append(f"{result['model']:<{width}}  {cells[0]:<35}{cells[1]}")
     for result in results:
         if "pseudo" in result:
             pseudo = result["pseudo"]
