@@ -4,6 +4,9 @@ import argparse
 import csv
 import gzip
 import json
+import subprocess
+import sys
+import time
 import warnings
 import weakref
 
@@ -27,7 +30,7 @@ from hf_plm.judging.contacts.fit import (
 )
 from hf_plm.judging.contacts.maps import Protein, contact_figure, write_contacts
 from hf_plm.judging.contacts.precision import as_table, evaluate_contacts, means, precisions, verdict
-from hf_plm.judging.contacts.predictor import far_pairs, open_contact_predictor, windows
+from hf_plm.judging.contacts.predictor import ContactPredictor, far_pairs, open_contact_predictor, windows
 from hf_plm.judging.contacts.structures import Structure, read_structures
 from hf_plm.judging.findings import read_findings
 from hf_plm.models.fair_esm import write_fair_esm
@@ -418,7 +421,7 @@ def test_maps_of_proteins_as_files(folder, tmp_path, capsys):
     fasta = tmp_path / "some.fasta"
     fasta.write_text(f">sp|P1/x first\n{UBIQUITIN}\n>tiny\nMKT\n>TINY\n{UBIQUITIN[:30]}\n")
     run(folder, fasta, "--out", tmp_path / "csv")
-    assert "1 have fewer than 7 residues" in capsys.readouterr().out
+    assert "1 has fewer than 7 residues" in capsys.readouterr().out
     index = list(csv.DictReader((tmp_path / "csv" / "proteins.csv").open()))
     assert [(one["id"], one["file"], one["pairs"]) for one in index] == [
         ("sp|P1/x", "sp_P1_x.csv", str(len(far_pairs(76)))),
@@ -440,9 +443,109 @@ def test_maps_of_proteins_as_files(folder, tmp_path, capsys):
     assert not list((tmp_path / "npz").glob("*.png"))
     with pytest.raises(UserError, match="is there already"):
         run(folder, fasta, "--out", tmp_path / "npz")
+    (tmp_path / "npz" / "request.json").unlink()
     (tmp_path / "npz" / "proteins.csv").unlink()
-    with pytest.raises(UserError, match=r"is there, without proteins\.csv: what wrote it was stopped"):
+    with pytest.raises(UserError, match=r"holds files that are not of such a command \(TINY_2\.npz\)"):
         run(folder, fasta, "--out", tmp_path / "npz")
+
+
+def test_a_stopped_command_goes_on(monkeypatch, folder, tmp_path, capsys):
+    """As if it had never stopped; a protein of which a file is missing is predicted again, and no other."""
+    fasta, out, whole = tmp_path / "some.fasta", tmp_path / "out", tmp_path / "whole"
+    fasta.write_text(f">a\n{UBIQUITIN}\n>b\n{UBIQUITIN[:40]}\n>c\n{UBIQUITIN[:30]}\n>d\nMKT\n")
+    predict, lengths = ContactPredictor.probabilities, []
+
+    def until_the_third(self, residues):
+        if len(lengths) == 2:
+            raise KeyboardInterrupt
+        lengths.append(len(residues))
+        return predict(self, residues)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContactPredictor, "probabilities", until_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, fasta, "--out", out)
+    assert sorted(one.name for one in out.glob("[!.]*")) == ["a.csv", "a.png", "b.csv", "b.png", "request.json"]
+    (out / ".c.csv.123.tmp").write_text("i,j")
+    (out / "b.png").unlink()
+    before = (out / "a.csv").stat().st_mtime_ns
+    other = tmp_path / "other.fasta"
+    other.write_text(fasta.read_text().replace(">d", ">e"))
+    another = save_hub_folder(randomized(new_model()), tmp_path / "another", CARD)
+    for words, told in (
+        ((folder, other), "holds unfinished contacts of other proteins"),
+        ((another, fasta), "with revision sha256:.*, where sha256:.* was asked for"),
+        ((folder, fasta, "--format", "npz"), "with format csv, where npz was asked for"),
+        ((folder, fasta, "--no-pictures"), "with pictures True, where False was asked for"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run(*words, "--out", out)
+    capsys.readouterr()
+    run(folder, fasta, "--out", out)
+    assert f"1 of 4 proteins have their contacts in {out} already" in capsys.readouterr().out
+    assert (out / "a.csv").stat().st_mtime_ns == before
+    run(folder, fasta, "--out", whole)
+    found, expected = ({one.name: one.read_bytes() for one in place.glob("[!.]*")} for place in (out, whole))
+    assert found == expected
+    assert not list(out.glob(".*.tmp"))
+    (out / "request.json").write_text("[")
+    (out / "proteins.csv").unlink()
+    with pytest.raises(UserError, match=r"request\.json is damaged"):
+        run(folder, fasta, "--out", out)
+
+
+def test_a_killed_command_goes_on(folder, tmp_path):
+    """A real process, killed where it cannot tidy up; the files that it has written are not written again."""
+    fasta, out = tmp_path / "some.fasta", tmp_path / "out"
+    draw = np.random.default_rng(0)
+    fasta.write_text("".join(f">p{n}\n{''.join(draw.choice(list(UBIQUITIN), 60))}\n" for n in range(40)))
+    command_line = [sys.executable, "-m", "hf_plm.cli", "contacts", folder, "--out", out, fasta, "--device", "cpu"]
+    with subprocess.Popen(list(map(str, command_line)), stdout=subprocess.PIPE) as process:
+        while not list(out.glob("p2.csv")) and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    assert not (out / "proteins.csv").exists()
+    written = {one: one.stat().st_mtime_ns for one in out.glob("*.csv") if one.with_suffix(".png").exists()}
+    assert 2 <= len(written) < 40
+    run(folder, fasta, "--out", out)
+    assert {one: one.stat().st_mtime_ns for one in written} == written
+    assert len(list(csv.DictReader((out / "proteins.csv").open()))) == 40
+
+
+def test_the_proteins_stand_before_or_after_the_flags(folder, tmp_path):
+    """argparse's own way of saying that they may be left out takes them for absent behind a flag."""
+    fasta = tmp_path / "some.fasta"
+    fasta.write_text(f">a\n{UBIQUITIN}\n")
+    for number, words in enumerate(([folder, fasta], [fasta])):
+        out = tmp_path / str(number)
+        run(*([folder] if number else []), "--no-pictures", "--out", out, *words)
+        assert (out / "a.csv").is_file()
+    with pytest.raises(UserError, match="--proteins goes with --fit"):
+        run(folder, "--proteins", 5, fasta, "--out", tmp_path / "out")
+    with pytest.raises(SystemExit):
+        run()
+
+
+def test_a_sequence_is_evaluated_once(folder, tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    proteins = [
+        structure_of("".join(draw.choice(list(UBIQUITIN), 50)).encode(), [[0, 30], [5, 40]], f"p{number}")
+        for number in range(4)
+    ]
+    of_another_set = structure_of(proteins[0].residues, [[0, 30]], "elsewhere", "another")
+    different = structure_of(proteins[1].residues, [[0, 30]], "different")
+    once = write_list(tmp_path / "once.jsonl.gz", [*proteins, of_another_set])
+    again = write_list(tmp_path / "again.jsonl.gz", [*proteins, of_another_set, proteins[0], different])
+    run(folder, "--evaluate", once, "--out", tmp_path / "once.json")
+    assert "left out" not in capsys.readouterr().out
+    run(folder, "--evaluate", again, "--out", tmp_path / "again.json")
+    said = capsys.readouterr().out
+    assert "2 repeats of a sequence of their set are left out, 1 with other contacts than the first, which" in said
+    first, second = (read_findings(tmp_path / f"{name}.json") for name in ("once", "again"))
+    assert first["means"] == second["means"]
+    assert [row["id"] for row in second["rows"]] == ["p0", "p1", "p2", "p3", "elsewhere"]
+    assert second["repeats"] == ["p0", "different"]
+    assert first["repeats"] == []
 
 
 def test_pairs_are_counted_and_written_row_by_row(monkeypatch, predictor, tmp_path):

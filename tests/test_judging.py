@@ -12,7 +12,7 @@ from hf_plm.judging.protocol import Protocol, read_sample
 from hf_plm.models.masked_lm import open_masked_lm
 from hf_plm.models.presets import build_model, esm_config
 from hf_plm.recipe import load_recipe
-from hf_plm.training.judging import Judge, check_tasks
+from hf_plm.training.judging import Judge, check_tasks, probed, told
 from hf_plm.training.pretrain import pretrain
 
 
@@ -54,7 +54,7 @@ def recipe(family_corpus, folder, **knobs):
         "data.train": [str(family_corpus)],
         "data.crop": "128",
         "batch.tokens": "512",
-        "schedule.steps": "6",
+        **({} if "schedule__budget" in knobs else {"schedule.steps": "6"}),
         "run.log_every": "1",
         "run.trackers": "none",
         "run.folder": str(folder),
@@ -97,6 +97,45 @@ def test_tasks_are_judged_during_a_run_and_leave_it_alone(family_corpus, family_
     ).summary()
     assert found[-1]["evaluate_loss"] == pytest.approx(numbers["validation_loss"], abs=1e-6)
     assert found[0]["evaluate_loss"] != pytest.approx(numbers["validation_loss"], abs=1e-6)
+
+
+def judged_steps(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "evaluate_loss" in line]
+
+
+def test_the_last_step_is_judged_once(family_corpus, family_fasta, tmp_path, monkeypatch):
+    """Where it is no multiple, whatever stopped the run between its last step and its end, and however often."""
+    tasks = {"evaluate__every": "3", "evaluate__data": [str(family_fasta)], "evaluate__sample": "10"}
+    short = recipe(family_corpus, tmp_path / "run", schedule__steps="5", **tasks)
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    for name, steps in (("judge_now", [3]), ("finish", [3, 5]), ("finish", [3, 5])):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hf_plm.training.pretrain.{name}", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(short)
+        assert judged_steps(tmp_path / "run") == steps
+    pretrain(short)
+    assert judged_steps(tmp_path / "run") == [3, 5]
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    pretrain(short)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before, "a finished run is left as it is"
+
+
+def test_a_run_within_a_budget_is_judged_at_its_end(family_corpus, family_fasta, tmp_path):
+    tasks = {"evaluate__every": "1000000", "evaluate__data": [str(family_fasta)], "evaluate__sample": "10"}
+    result = pretrain(recipe(family_corpus, tmp_path / "run", schedule__budget="1s", **tasks))
+    assert judged_steps(tmp_path / "run") == [result.summary["steps"]]
+
+
+def test_names_of_probes_in_words():
+    assert probed("probe_loc_mcc") == "loc MCC"
+    assert probed("probe_my_sites_balanced_accuracy") == "my_sites balanced accuracy"
+    assert probed("probe_odd") == "odd"
+    assert told({"probe_loc_mcc": 0.5, "probe_loc_mcc_baseline": 0.25}) == "loc MCC 0.5000 (0.2500)"
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_a_run_that_goes_on(run: Path) -> None:
         )
     found = read(write_report(Asked(str(run))))
     assert "This run is not finished: what follows is how it stood after step 5" in found.text
-    assert "1 line(s) of metrics.jsonl could not be read" in found.text
+    assert "1 line of metrics.jsonl could not be read, and is not" in found.text
     assert found.tags.count("figure") >= 5
     assert not (run / "findings").exists()
     (run / "metrics.jsonl").unlink()
@@ -232,7 +232,7 @@ def test_a_run_that_goes_on(run: Path) -> None:
 def test_tasks_that_a_run_was_evaluated_on(run: Path) -> None:
     lines = [
         {"step": step, "tokens": step * 250, "dms_spearman": 0.1 * step, "dms_blosum62_spearman": 0.2}
-        | {"probe_sites_mcc": None, "probe_sites_mcc_baseline": 0.1}
+        | {"probe_my_sites_balanced_accuracy": None, "probe_my_sites_balanced_accuracy_baseline": 0.1}
         for step in (2, 4)
     ]
     with (run / "metrics.jsonl").open("a") as file:
@@ -240,7 +240,117 @@ def test_tasks_that_a_run_was_evaluated_on(run: Path) -> None:
     text = read(write_report(Asked(str(run), sequences=0))).text
     assert "Tasks during the run" in text
     assert "BLOSUM62" in text
-    assert "Sites_mcc." in text
+    assert "Variants' Spearman." in text
+    assert "my_sites balanced accuracy." in text
+
+
+def chart_of(path: Path, title: str) -> str:
+    """The figure with this title, as markup."""
+    (found,) = [one for one in re.findall("<figure.*?</figure>", path.read_text(), re.DOTALL) if f"<b>{title}" in one]
+    return found
+
+
+def test_a_task_with_one_point_has_a_line_to_beat(run: Path) -> None:
+    line = {"step": 4, "tokens": 1000, "dms_spearman": 0.1, "dms_blosum62_spearman": 0.2}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    chart = chart_of(write_report(Asked(str(run), sequences=0)), "Variants")
+    assert re.search(r'<circle class="f0"', chart.partition("role=")[2])
+    assert re.search(r'<path class="line s7"[^>]* d="M[\d.]+ [\d.]+L[\d.]+ [\d.]+"/>', chart.partition("role=")[2])
+
+
+def test_points_of_a_short_run_are_inside_the_axes(run: Path) -> None:
+    """Its last line of training is long before its last validation, whose loss is far above the baseline."""
+    lines = [
+        {"step": 1, "loss": 3.4, "tokens": 100, "tokens_per_second": 7, "learning_rate": 1, "gradient_norm": 1},
+        {"step": 9, "tokens": 900, "validation_loss": 4.5, "context_free_loss": 2.8},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chart = chart_of(write_report(Asked(str(run), sequences=0)), "Loss of all targets").partition("role=")[2]
+    left, top, bottom, right = map(float, re.findall(r'class="frame" d="M(\S+) (\S+)V(\S+)H([\d.]+)"', chart)[0])
+    ((x, y),) = re.findall(r'<path class="f1" d="M([\d.]+) ([\d.]+)h', chart)
+    assert left < float(x) <= right
+    assert top + 2 < float(y) < bottom
+
+
+@pytest.mark.parametrize("margin", [[-0.037, -0.05, -0.02], [0.01, -0.02, 0.04]])
+def test_a_loss_is_under_or_above(run: Path, margin: list[float]) -> None:
+    """And never under by less than nothing."""
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("margin_context_free", "margin_unigram_masked"):
+        summary[name] = margin
+    (run / "summary.json").write_text(json.dumps({**summary, "validation_sequences": 1}))
+    text = read(write_report(Asked(str(run), sequences=0))).text
+    side = "under" if margin[0] > 0 else "above"
+    amount = "0.010 (\u22120.020 to 0.040)" if margin[0] > 0 else "0.037 (0.020 to 0.050)"
+    assert f"On 1 held-out protein its loss is {side} that of the best guess without context by {amount}" in text
+    assert f"on masked residues {side} that of letter frequencies by {amount}" in text
+    assert not re.search(r"(?i)(by|better|above|under) \u2212", text)
+
+
+def write_benchmark(path: Path, method: str, numbers: dict[str, tuple[float, float]], variants: int = 12) -> None:
+    """Findings of `--dms` in a folder named dms: of each assay the Spearman of the model and of BLOSUM62."""
+    rows = [
+        {"assay": name, "variants": variants, "spearman": own, "blosum62_spearman": other}
+        for name, (own, other) in numbers.items()
+    ]
+    averages = {
+        key: {"mean": float(np.mean([row[key] for row in rows])), "by_selection": {"Activity": rows[0][key]}}
+        for key in ("spearman", "blosum62_spearman")
+    }
+    plain = {"dms": "dms", "method": method, "missing": ["gone"], "assays": rows, "averages": averages}
+    write_findings(path, "dms", [{"model": "mine"}], plain)
+
+
+def test_each_benchmark_stands_by_itself(run: Path) -> None:
+    """Three methods on the same assays, the same assays with other variants, and more assays: of one name all."""
+    folder = run / "findings"
+    for place, method in enumerate(("masked", "random-masks", "wild-type", "pseudo-likelihood")):
+        write_benchmark(folder / f"a{method}.json", method, {"P1": (0.31, 0.2), "P2": (0.1 * place, 0.25)})
+    write_benchmark(folder / "b.json", "masked", {"P1": (0.31, 0.11), "P2": (0.1, 0.15)}, variants=13)
+    write_benchmark(folder / "c.json", "masked", {"P3": (-0.1, 0.4)})
+    path = write_report(Asked(str(run), sequences=0))
+    text = read(path).text
+    assert "Not above BLOSUM62. mine (masked) on dms, 2 assays: mean Spearman 0.155, that of BLOSUM62 0.225" in text
+    assert "Above BLOSUM62. mine (pseudo-likelihood) on dms, 2 assays: mean Spearman 0.305" in text
+    assert (
+        "mine (masked) on dms, 2 assays (2): mean Spearman 0.205, that of BLOSUM62 0.130; it is higher in 1 of" in text
+    )
+    assert (
+        "mine (masked) on dms, 1 assay: mean Spearman \u22120.100, that of BLOSUM62 0.400; it is higher in 0 of 1"
+        in text
+    )
+    assert text.count("1 assay had no file and is in no mean: gone.") == 1
+    charts = re.findall("<figure.*?</figure>", path.read_text(), re.DOTALL)
+    charts = [one for one in charts if "By what was selected for" in one]
+    legends = [re.findall("</svg>([^<]*)</li>", one) for one in charts]
+    methods = ("masked", "random-masks", "wild-type", "pseudo-likelihood")
+    assert sorted(legends[0]) == sorted(["BLOSUM62", *(f"mine, {method}" for method in methods)])
+    assert legends[1:] == [["BLOSUM62", "mine, masked"]] * 2
+    drawn = [one.partition("role=")[2] for one in charts]
+    assert [one.count('class="f7"') for one in drawn] == [1, 1, 1], "BLOSUM62 of each"
+    assert len({re.findall('class="f7" cx="([^"]*)"', one)[0] for one in drawn}) == 3
+    rows = re.findall('<tr><th scope="row">dms, ([^<]*)</th><td>BLOSUM62</td><td>([^<]*)', path.read_text())
+    assert rows == [("2 assays", "0.225"), ("2 assays (2)", "0.130"), ("1 assay", "0.400")]
+
+
+def test_what_is_read_is_kept_and_so_is_what_is_no_report(run: Path, family_fasta: Path, tmp_path: Path) -> None:
+    fasta = Path(shutil.copy(family_fasta, tmp_path / "q.html"))
+    for asked in (
+        Asked(str(run), data=(str(fasta),), out=fasta),
+        Asked(str(run), families=fasta, out=fasta),
+        Asked(str(run), findings=(fasta,), out=fasta),
+    ):
+        with pytest.raises(UserError, match="is what is read"):
+            write_report(asked)
+    with pytest.raises(UserError, match=r"q\.html is there already and is no report"):
+        write_report(Asked(str(run), sequences=0, out=fasta))
+    with pytest.raises(UserError, match=r"ends in \.html, not .*w\.fasta"):
+        write_report(Asked(str(run), sequences=0, out=tmp_path / "w.fasta"))
+    assert fasta.read_bytes() == family_fasta.read_bytes()
+    assert not (tmp_path / "w.fasta").exists()
+    page = write_report(Asked(str(run), sequences=0, out=tmp_path / "new" / "page.htm"))
+    assert write_report(Asked(str(run), sequences=0, out=page)) == page, "a report is replaced by another"
 
 
 def test_data_that_is_named_is_evaluated_on(run: Path, family_fasta: Path) -> None:

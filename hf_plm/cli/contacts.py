@@ -17,9 +17,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="STRUCTURES are JSON lines (id, seq, pairs), a PDB or mmCIF file, or a folder of such files.",
     )
     contacts.add_argument("model", help="a folder, a finished run or a repository on the Hub")
-    contacts.add_argument(
-        "proteins", nargs="?", type=Path, help="a FASTA file, or structures, which are drawn beside what is predicted"
+    proteins = contacts.add_argument(
+        "proteins",
+        type=Path,
+        metavar="[proteins]",
+        help="a FASTA file, or structures, which are drawn beside what is predicted",
     )
+    proteins.required = False  # nargs="?" would take it to be absent where a flag stands between the model and it
     contacts.add_argument(
         "--out", type=Path, help="folder to write; with --evaluate alone a .json file (default: in RUN/findings)"
     )

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from hf_plm.report.charts import QUIET, Axis, Series, span, xy_chart
-from hf_plm.report.page import Html, element, figure, grid, join, missing, paragraph
+from hf_plm.report.page import Html, counted, element, figure, grid, join, missing, paragraph
 from hf_plm.report.run import Run
-from hf_plm.training.judging import SHOWN
+from hf_plm.training.judging import SHOWN, probed
 
 NUM_POINTS, NUM_WINDOWS = 400, 40
 """Points of a curve at most, and how many of its running means are independent."""
@@ -20,7 +20,7 @@ def curves(runs: Sequence[Run]) -> Html:
     runs = [run for run in runs if run.training]
     if not runs:
         return missing("There are no metrics: the run has not written its first line, or metrics.jsonl was taken away.")
-    most = max(run.training[-1]["tokens"] for run in runs)
+    most = max(line["tokens"] for run in runs for line in (*run.training, *run.validation, *run.tasks))
     unit, name = (1e6, "million tokens") if most > 1e6 else (1e3, "thousand tokens")
     x = Axis(name, 0.0, most / unit)
     losses = [
@@ -37,12 +37,15 @@ def curves(runs: Sequence[Run]) -> Html:
     if tasks := _task_charts(runs, x, unit):
         parts += [element("h3", "Tasks during the run, on a small sample"), grid(*tasks, kind="small")]
     if torn:
-        parts.append(paragraph(f"{torn} line(s) of metrics.jsonl could not be read, and are not in the charts."))
+        are = "is" if torn == 1 else "are"
+        parts.append(
+            paragraph(f"{counted(torn, 'line')} of metrics.jsonl could not be read, and {are} not in the charts.")
+        )
     return join(parts)
 
 
 def _loss_chart(runs: Sequence[Run], x: Axis, unit: float, loss: str, baseline: str, title: str) -> Html:
-    series, shown, bases = [], [], []
+    series, shown, bases, validated = [], [], [], []
     for style, run in enumerate(runs):
         label = f"{run.name}, " if len(runs) > 1 else ""
         if loss == "validation_loss":
@@ -57,15 +60,15 @@ def _loss_chart(runs: Sequence[Run], x: Axis, unit: float, loss: str, baseline: 
         values = [_float(line.get(loss)) for line in lines]
         at = [line["tokens"] / unit for line in lines]
         series.append(Series(f"{label}validation", at, values, style=style + len(runs), kind="marked"))
-        shown += values
+        validated += values
         base = _float(lines[-1].get(baseline)) if lines else math.nan
         if math.isfinite(base) and base not in bases:
             bases.append(base)
             name = baseline.replace("_", " ").replace("context free", "context-free")
             series.append(Series(f"{name} {base:.3f}", [0, x.high], [base, base], style=QUIET))
-    low, high = span([*shown, *bases])
-    if bases:
-        high = min(high, max(bases) + 0.35)
+    low, high = span([*shown, *validated, *bases])
+    if bases:  # the first losses of a training may be far above, and are drawn at the edge; no validation is
+        high = max(min(high, max(bases) + 0.35), span([*validated, *bases])[1])
     alt = f"{title} over tokens seen, for {', '.join(run.name for run in runs)}."
     note = "Learning means under the dashed line."
     return figure(
@@ -76,9 +79,9 @@ def _loss_chart(runs: Sequence[Run], x: Axis, unit: float, loss: str, baseline: 
 def _task_charts(runs: Sequence[Run], x: Axis, unit: float) -> list[Html]:
     """A chart for each number that `--evaluate.every` follows, with what it has to beat."""
     found = dict.fromkeys(name for run in runs for line in run.tasks for name in line)
-    shown = [(name, title, baseline, than) for name, title, baseline, than in SHOWN if name in found]
+    shown = [(name, title[:1].upper() + title[1:], base, than) for name, title, base, than in SHOWN if name in found]
     probes = [name for name in found if f"{name}_baseline" in found]
-    shown += [(name, name.removeprefix("probe_"), f"{name}_baseline", "without a model") for name in probes]
+    shown += [(name, probed(name), f"{name}_baseline", "without a model") for name in probes]
     charts = []
     for name, title, baseline, than in shown:
         series = []
@@ -87,12 +90,14 @@ def _task_charts(runs: Sequence[Run], x: Axis, unit: float) -> list[Html]:
             at = [line["tokens"] / unit for line in lines]
             values = [_float(line[name]) for line in lines]
             series.append(Series(run.name if len(runs) > 1 else "the model", at, values, style=style, kind="marked"))
-            if style == 0:
+            if style == 0 and lines:
                 values = [_float(line.get(baseline)) for line in lines]
+                if len(set(values)) == 1:  # on the same sample it is; of one point there is no line otherwise
+                    at, values = [0, x.high], values[:1] * 2
                 series.append(Series(than, at, values, style=QUIET))
         low, high = span([value for one in series for value in one.y])
         chart = xy_chart(series, x, Axis("", low, high), f"{title} over tokens seen.", height=200, width=300)
-        charts.append(figure(element("b", f"{title[:1].upper()}{title[1:]}."), chart))
+        charts.append(figure(element("b", f"{title}."), chart))
     return charts
 
 

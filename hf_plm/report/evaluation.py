@@ -9,6 +9,7 @@ from hf_plm.report.findings import Finding, dict_of, intervals, list_of, rows_of
 from hf_plm.report.page import (
     Html,
     bounds,
+    counted,
     details,
     element,
     estimate,
@@ -54,7 +55,7 @@ def against(findings: Sequence[Finding], revisions: Sequence[str | None]) -> Htm
             better, worse = (a, b) if high < 0 else (b, a)
             size = [abs(value) for value in (first(one.get("loss")), low, high)]
             amount = estimate([size[0], *sorted(size[1:])])
-            proteins = number(dict_of(finding.plain, "data").get("proteins"), ",.0f")
+            proteins = counted(dict_of(finding.plain, "data").get("proteins"), "protein")
             if high < 0 or low > 0:
                 text = f" predicts held-out residues better than {worse}: its loss is lower by {amount} nats per target"
                 head = element("b", better)
@@ -63,7 +64,7 @@ def against(findings: Sequence[Finding], revisions: Sequence[str | None]) -> Htm
                     element("b", f"{a} and {b}"),
                     " cannot be told apart: the interval of the difference holds zero",
                 )
-            sentences.append(paragraph(head, f"{text}, on the same targets of {proteins} proteins.", kind="lead"))
+            sentences.append(paragraph(head, f"{text}, on the same targets of {proteins}.", kind="lead"))
     return join(sentences)
 
 
@@ -71,7 +72,7 @@ def _one_evaluation(finding: Finding, is_titled: bool) -> Html:
     results, data = finding.rows("results"), dict_of(finding.plain, "data")
     protocol = dict_of(finding.plain, "protocol")
     sources = ", ".join(dict.fromkeys(map(source_name, list_of(data, "sources")))) or "held-out proteins"
-    counts = [f"{number(data.get(key), ',.0f')} {key}" for key in ("proteins", "targets") if data.get(key)]
+    counts = [counted(data.get(f"{noun}s"), noun) for noun in ("protein", "target") if data.get(f"{noun}s")]
     parts: list[Html] = (
         [element("h3", ", ".join(short(result.get("model")) for result in results))] if is_titled else []
     )
@@ -86,8 +87,8 @@ def _one_evaluation(finding: Finding, is_titled: bool) -> Html:
         ("Loss", "loss", ".3f"),
         ("Perplexity", "perplexity", ".1f"),
         ("Recovery", "recovery", ".1%"),
-        ("Better than without context", "margin_context_free", "+.3f"),
-        ("The same, masked targets", "margin_unigram_masked", "+.3f"),
+        ("Margin, all targets", "margin_context_free", "+.3f"),
+        ("Margin, masked targets", "margin_unigram_masked", "+.3f"),
     )
     rows = [(name, *(estimate(plain.get(key), form) for _, key, form in columns)) for name, plain in overall]
     without = next((plain for _, plain in overall if plain.get("context_free_loss") is not None), {})
@@ -95,7 +96,8 @@ def _one_evaluation(finding: Finding, is_titled: bool) -> Html:
     if math.isfinite(loss):
         rows.append(("without context", number(loss), number(math.exp(loss), ".1f"), "", "", ""))
     pseudo = [(name, dict_of(result, "pseudo")) for (name, _), result in zip(overall, results, strict=True)]
-    parts.append(table("Nats per target, all targets", ["Model", *(title for title, _, _ in columns)], rows))
+    caption = "Nats per target, all targets; a margin above zero is better than without context"
+    parts.append(table(caption, ["Model", *(title for title, _, _ in columns)], rows))
     if any(plain for _, plain in pseudo):
         parts.append(
             table(
@@ -157,7 +159,8 @@ def _by_residue(results: Sequence[dict[str, Any]]) -> Html:
         for style, result in enumerate(results)
     ]
     low, high = span([value for one in series for values in (one.y, one.low, one.high) for value in values])
-    alt = f"Loss by residue of {len(results)} model(s) beside the best guess without context; the numbers are below."
+    who = counted(len(results), "model")
+    alt = f"Loss by residue of {who} beside the best guess without context; the numbers are below."
     return figure(
         join(
             [element("b", "Loss by residue."), " Ordered by what context gains the first model, the most at the top."]
@@ -175,7 +178,7 @@ def _by_recovery(results: Sequence[dict[str, Any]]) -> Html:
     if not letters or not any(math.isfinite(value) for one in series for value in one.y):
         return Html("")
     high = span([value for one in series for values in (one.y, one.high) for value in values], zero=True)[1]
-    alt = f"Share of targets recovered, by residue, of {len(results)} model(s); the numbers are below."
+    alt = f"Share of targets recovered, by residue, of {counted(len(results), 'model')}; the numbers are below."
     return figure(
         join([element("b", "Recovery by residue."), " Share of targets whose most likely residue is the true one."]),
         rows_chart(letters, series, Axis("share recovered", 0, min(high, 1.0)), alt, left=30),

@@ -24,6 +24,7 @@ from hf_plm.report.charts import QUIET, Series, scatter
 from hf_plm.report.findings import short
 from hf_plm.report.page import (
     Html,
+    counted,
     element,
     estimate,
     figure,
@@ -165,8 +166,8 @@ def section(proteins: Labelled | None, maps: Sequence[Map], baseline: Map | None
     if proteins.families is None:
         parts.append(
             paragraph(
-                f"{len(proteins.residues):,} held-out proteins of {proteins.source}, each as the mean of its residues' "
-                "vectors. Which families they are of is not known, so no number says how good the map is; ",
+                f"{counted(len(proteins.residues), 'held-out protein')} of {proteins.source}, each as the mean of its "
+                "residues' vectors. Which families they are of is not known, so no number says how good the map is; ",
                 element("code", "--families TABLE"),
                 " with the columns sequence and family gives one.",
             )

@@ -64,6 +64,11 @@ def short(name: object) -> str:
     return path.name or text if is_path else text
 
 
+def model_of(finding: Finding) -> str:
+    """The names of its models, for a sentence or a legend."""
+    return ", ".join(short(one.get("model")) for one in finding.rows("models")) or "unknown"
+
+
 def source_name(name: object) -> str:
     """A file, or the split of a prepared corpus that its shards are of."""
     split = re.fullmatch(r"(\w+)-\d+-of-\d+\.parquet", str(name))

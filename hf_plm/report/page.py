@@ -54,6 +54,11 @@ def number(value: Any, form: str = ".3f") -> str:
     return format(value, form).replace("-", "\u2212") if is_number(value) else MISSING
 
 
+def counted(count: Any, noun: str, form: str = ",.0f") -> str:
+    """Such as `1 protein`, `2 proteins`."""
+    return f"{number(count, form)} {noun}{'' if count == 1 else 's'}"
+
+
 def estimate(value: Any, form: str = ".3f") -> str:
     """`[value, low, high]` as value (low to high); a bare number as it is."""
     if not isinstance(value, list | tuple):

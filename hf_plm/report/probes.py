@@ -9,6 +9,7 @@ from hf_plm.report.charts import QUIET, Axis, rows_chart, span
 from hf_plm.report.findings import Finding, dict_of, intervals, list_of, said, short
 from hf_plm.report.page import (
     Html,
+    counted,
     details,
     element,
     estimate,
@@ -35,10 +36,10 @@ def _task(finding: Finding) -> Html:
     task = dict_of(finding.plain, "task")
     models = [short(one.get("model")) for one in finding.rows("models")]
     heading = f"{said(task, 'name', finding.path.stem)}: {' against '.join(models)}"
-    unit = "proteins" if task.get("level") == "protein" else "residues"
+    unit = "protein" if task.get("level") == "protein" else "residue"
     notes = [str(note) for note in list_of(finding.plain, "notes")]
     about = paragraph(
-        f"{number(task.get('rows'), ',.0f')} {unit} with labels, of {number(task.get('proteins'), ',.0f')} proteins "
+        f"{counted(task.get('rows'), unit)} with labels, of {counted(task.get('proteins'), 'protein')} "
         f"({said(task, 'kind', 'unknown kind')}). Split: {said(finding.plain, 'split', 'unknown')}. ",
         " ".join(notes),
     )
@@ -62,9 +63,9 @@ def _test(finding: Finding, test: str, models: Sequence[str]) -> Html:
         )
         for row in rows
     ]
-    counted = f"{test}: {number(plain.get('rows'), ',.0f')} rows of {number(plain.get('proteins'), ',.0f')} proteins"
-    parts = [_chart(rows, sides, headline, label, counted), join(_verdicts(finding, plain, sides, label))]
-    shown = table(counted, ["Predictor", *(LABELS.get(one, one) for one in measures)], cells)
+    of = f"{test}: {counted(plain.get('rows'), 'row')} of {counted(plain.get('proteins'), 'protein')}"
+    parts = [_chart(rows, sides, headline, label, of), join(_verdicts(finding, plain, sides, label))]
+    shown = table(of, ["Predictor", *(LABELS.get(one, one) for one in measures)], cells)
     return join([grid(*(one for one in parts if one)), details(f"All measures, {test}", shown)])
 
 
@@ -77,7 +78,7 @@ def _interval(found: dict[str, Any]) -> list[Any]:
     return [found.get("value"), found.get("low"), found.get("high")]
 
 
-def _chart(rows: Sequence[dict[str, Any]], sides: Sequence[str], headline: str, label: str, counted: str) -> Html:
+def _chart(rows: Sequence[dict[str, Any]], sides: Sequence[str], headline: str, label: str, of: str) -> Html:
     names = list(dict.fromkeys(said(row, "predictor") for row in rows))
     baselines = {said(row, "predictor") for row in rows if row.get("baseline")}
 
@@ -99,8 +100,8 @@ def _chart(rows: Sequence[dict[str, Any]], sides: Sequence[str], headline: str, 
     axis = Axis(label, low, high)
     left = 20 + 7 * max(len(name) for name in names)
     return figure(
-        join([element("b", f"{label}."), f" {counted}; bars are 95% intervals."]),
-        rows_chart(names, series, axis, f"{label} by predictor, {counted}; the numbers are below.", left=left),
+        join([element("b", f"{label}."), f" {of}; bars are 95% intervals."]),
+        rows_chart(names, series, axis, f"{label} by predictor, {of}; the numbers are below.", left=left),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from hf_plm.config import UserError
 from hf_plm.data.manifest import read_manifest
 from hf_plm.data.sources import find_sources, has_cluster, read_records
-from hf_plm.files import write_whole
+from hf_plm.files import check_writable, keep_inputs, write_whole
 from hf_plm.judging.evaluation import evaluate_models
 from hf_plm.judging.findings import FOLDER, home, read_findings, write_findings
 from hf_plm.judging.protocol import CROP, Protocol, read_sample
@@ -38,6 +38,8 @@ from hf_plm.version import __version__
 
 SEQUENCES = 500
 """Held-out proteins that are evaluated and embedded here: a minute's work for a small model on a laptop."""
+MARK = "Made by hf_plm"
+"""At the foot of every page: a file without it is not replaced by one."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,7 @@ def write_report(asked: Asked) -> Path:
     given = [asked.model] + ([asked.against] if asked.against else [])
     if len({str(Path(name).expanduser().resolve()) for name in given}) < len(given):
         raise UserError(f"{asked.model} is given twice; --against names another model.")
-    out = asked.out or (Path(asked.model) / "report.html" if Path(asked.model).is_dir() else Path("report.html"))
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; --out names the HTML file to write.")
-    try:  # before the work, not after it
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from None
+    out = _place(asked)
     families = read_families(asked.families) if asked.families else None
     subjects = [_subject(name) for name in given]
     findings, unread = _gather(subjects, asked.findings)
@@ -110,8 +106,24 @@ def write_report(asked: Asked) -> Path:
     body = _sections(asked, subjects, findings, unread, families, maps, baseline, why_not)
     title = " against ".join(subject.name for subject in subjects)
     made = datetime.now(UTC).strftime("%d %B %Y")
-    text = page(title, f"Protein language model · report of {made}", body, f"Made by hf_plm {__version__}, {made}.")
+    text = page(title, f"Protein language model · report of {made}", body, f"{MARK} {__version__}, {made}.")
     write_whole(out, text.encode())
+    return out
+
+
+def _place(asked: Asked) -> Path:
+    """Where the page goes. Raises `UserError` where that is read, is another's file, or cannot be written."""
+    out = asked.out or (Path(asked.model) / "report.html" if Path(asked.model).is_dir() else Path("report.html"))
+    keep_inputs([*asked.data, *asked.findings, asked.families], out)
+    check_writable(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out names the HTML file to write, which ends in .html, not {out}.")
+    try:
+        is_other = out.is_file() and MARK.encode() not in out.read_bytes()
+    except OSError as error:
+        raise UserError(f"{out} cannot be read: {error.strerror}.") from None
+    if is_other:
+        raise UserError(f"{out} is there already and is no report of hf-plm; name another file with --out.")
     return out
 
 

@@ -21,6 +21,7 @@ from hf_plm.report.charts import Axis, Series, rows_chart, span
 from hf_plm.report.page import (
     Html,
     bounds,
+    counted,
     details,
     element,
     escape,
@@ -157,7 +158,7 @@ def _what_it_is(run: Run) -> str:
     spent = f" in {duration(numbers['seconds'])}" if numbers.get("seconds") else ""
     return (
         f"{run.name} is a protein language model of {numbers['parameters']:,} parameters: ESM-2's architecture in size "
-        f"{recipe.model.preset}, pretrained from {start} for {numbers['steps']:,} steps{spent}. It saw "
+        f"{recipe.model.preset}, pretrained from {start} for {counted(numbers['steps'], 'step')}{spent}. It saw "
         f"{numbers['tokens']:,} tokens of {corpus}{seen}."
     )
 
@@ -174,21 +175,25 @@ def _whether_it_learnt(run: Run) -> Html:
             f"At its last validation the loss was {number(abs(loss - baseline))} nats per target {side} that of the "
             f"best guess without any context ({number(loss)} and {number(baseline)}); intervals come at the end."
         )
-    held_out = f"{numbers.get('validation_sequences', 0):,} held-out proteins"
-    texts = [estimate(numbers[margin], "+.3f") for _, margin, _, _ in MARGINS]
-    if learnt:
-        head = element("b", "It has learnt from context.")
-        text = (
-            f" On {held_out} it is better than the best guess without context by {texts[0]} nats per target, and on "
-            f"masked residues better than letter frequencies by {texts[1]}; in brackets 95% intervals."
-        )
-    else:
-        head = element("b", "It has not been shown to learn from context.")
-        text = (
-            f" On {held_out} it is under the best guess without context by {texts[0]} nats per target, and on masked "
-            f"residues under letter frequencies by {texts[1]}; both intervals (95%) should be above zero."
-        )
-    return join([head, text])
+    held_out = counted(numbers.get("validation_sequences", 0), "held-out protein")
+    all_targets, masked = (_side(numbers[margin]) for _, margin, _, _ in MARGINS)
+    head = "It has learnt from context." if learnt else "It has not been shown to learn from context."
+    end = (
+        "in brackets 95% intervals"
+        if learnt
+        else "learning means under both, with the whole 95% intervals (in brackets)"
+    )
+    text = (
+        f" On {held_out} its loss is {all_targets[0]} that of the best guess without context by {all_targets[1]} nats "
+        f"per target, and on masked residues {masked[0]} that of letter frequencies by {masked[1]}; {end}."
+    )
+    return join([element("b", head), text])
+
+
+def _side(margin: Any) -> tuple[str, str]:
+    """Under or above, and by how much with its interval: the amount is never below zero."""
+    value, (low, high) = first(margin), bounds(margin)
+    return ("under", estimate(margin)) if value >= 0 else ("above", estimate([-value, -high, -low]))
 
 
 def _cards(run: Run) -> Html:
@@ -201,7 +206,7 @@ def _cards(run: Run) -> Html:
         ("Perplexity, masked residues", number(perplexity, ".2f"), guess),
         ("Recovery, all targets", number(numbers.get("validation_recovery"), ".1%"), "held out"),
         ("Parameters", f"{numbers['parameters'] / 1e6:,.3g} M", f"size {run.recipe.model.preset}"),
-        ("Tokens seen", f"{numbers['tokens'] / 1e6:,.3g} M", f"{numbers['steps']:,} steps"),
+        ("Tokens seen", f"{numbers['tokens'] / 1e6:,.3g} M", counted(numbers["steps"], "step")),
     )
     return element(
         "dl",
@@ -221,17 +226,15 @@ def _margins(run: Run) -> Html:
         (name, number(run.summary.get(loss), ".4f"), number(run.summary.get(base), ".4f"), estimate(value, "+.3f"))
         for (name, _, loss, base), value in zip(MARGINS, values, strict=True)
     ]
-    head = ["Held out", "Loss", "Without context", "Better by"]
-    shown = table("Nats per target, with 95% intervals over proteins", head, rows)
+    head = ["Held out", "Loss", "Without context", "Margin"]
+    shown = table("Nats per target; a margin above zero is better; 95% intervals over proteins", head, rows)
     if verdict(run.summary) is None:
         return shown
     low, high = span([0.0, *(end for pair in ends for end in pair)], zero=True)
-    series = Series(
-        run.name, range(2), [first(value) for value in values], [low for low, _ in ends], [high for _, high in ends]
-    )
+    series = Series("", range(2), [first(one) for one in values], [low for low, _ in ends], [high for _, high in ends])
     chart = rows_chart(
         names,
-        [Series("", series.x, series.y, series.low, series.high)],
+        [series],
         Axis("nats per target under what needs no context", low, high),
         "Margins over the baselines: " + "; ".join(f"{row[0]} {row[3]}" for row in rows),
         zero=True,

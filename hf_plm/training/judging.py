@@ -1,10 +1,12 @@
 """Evaluations during a run: the tasks of the section `evaluate`, on a small sample, always the same one.
 
 The main process works on a stock copy of the model while the others wait, so that what is measured is what would be
-exported, and no number of the training changes. The functions are those of the commands; with a sample of 200 all of
-them take seconds to a minute for a small model, which `--evaluate.every` should be chosen for.
+exported, and no number of the training changes. The last step is evaluated too, whatever `--evaluate.every`.
+The functions are those of the commands; with a sample of 200 all of them take seconds to a minute for a small model,
+which `--evaluate.every` should be chosen for.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import EsmForMaskedLM
 
 from hf_plm.config import Recipe, UserError
 from hf_plm.inference.worklist import Cleaning
+from hf_plm.judging.probes.measures import LABELS
 from hf_plm.models.encoder import TorchEncoder
 from hf_plm.models.families import Spelling, longest
 from hf_plm.models.masked_lm import MaskedLM
@@ -27,6 +30,7 @@ SHOWN = (
     ("dms_spearman", "variants' Spearman", "dms_blosum62_spearman", "BLOSUM62"),
     ("contacts_long", "long-range contacts' P@L", "contacts_long_chance", "chance"),
 )
+PREFIXES = ("evaluate_", "dms_", "contacts_", "probe_")
 MOST_ASSAYS, FIT_PROTEINS, TEST_PROTEINS = 20, 10, 20
 
 
@@ -129,6 +133,26 @@ class Judge:
         return found, complaints
 
 
+def probed(name: str) -> str:
+    """`probe_TASK_MEASURE` in words: the task's name as it is, and its measure."""
+    name = name.removeprefix("probe_")
+    for measure, label in LABELS.items():
+        if name.endswith(f"_{measure}"):
+            return f"{name.removesuffix(measure)[:-1]} {label}"
+    return name
+
+
+def is_judged(metrics: Path, step: int) -> bool:
+    """Whether `metrics.jsonl`, as `Meter` has written it by this step, has an evaluation of it."""
+    for text in reversed(metrics.read_text(encoding="utf-8").splitlines()):
+        line = json.loads(text)
+        if line["step"] < step:
+            break
+        if any(name.startswith(PREFIXES) for name in line):
+            return True
+    return False
+
+
 def told(numbers: dict[str, float]) -> str:
     """The chief numbers, each with what it has to beat in brackets."""
     words = [
@@ -137,7 +161,7 @@ def told(numbers: dict[str, float]) -> str:
         if name in numbers
     ]
     words += [
-        f"{name.removeprefix('probe_')} {value:.4f} ({numbers[f'{name}_baseline']:.4f})"
+        f"{probed(name)} {value:.4f} ({numbers[f'{name}_baseline']:.4f})"
         for name, value in numbers.items()
         if f"{name}_baseline" in numbers
     ]

@@ -32,7 +32,7 @@ from hf_plm.training.checkpoint import Progress, Saver, newest_whole, restore, s
 from hf_plm.training.engine import configure, gather_stock, reshard, set_up
 from hf_plm.training.finish import finish, summary_lines
 from hf_plm.training.guard import check_before_start, check_launch
-from hf_plm.training.judging import SPELLING, Judge, check_tasks
+from hf_plm.training.judging import SPELLING, Judge, check_tasks, is_judged
 from hf_plm.training.meter import Meter, check_trackers
 from hf_plm.training.optim import build_optimizer
 from hf_plm.training.pushes import BackgroundPushes, push_finished
@@ -60,7 +60,7 @@ from hf_plm.training.start import (
     resolve_on,
     shape_to_compile,
 )
-from hf_plm.training.trainer import Parts, SpikeError, run_steps, settle
+from hf_plm.training.trainer import Parts, SpikeError, judge_now, run_steps, settle
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _run(
         )
         _announce(parts, facts, meter, train, held_out)
         if judge.lines:
-            meter.say(f"every {recipe.evaluate.every:,} steps: {'; '.join(judge.lines)}")
+            meter.say(f"every {recipe.evaluate.every:,} steps and at the end: {'; '.join(judge.lines)}")
         returns: Counter[int] = Counter()
         while True:
             try:
@@ -209,6 +209,9 @@ def _run(
             except UserError:  # raised on all processes at once; what was being written is still good
                 settle(parts, meter)
                 raise
+        metrics = folder / run_folder.METRICS
+        if recipe.evaluate.every is not None and not on_main(accelerator, lambda: is_judged(metrics, progress.step)):
+            judge_now(parts, meter, progress)
         final = validate(recipe.validation.final_sequences)
         reshard(wrapped)
         stock = gather_stock(accelerator, model, optimizer.optimizer)

@@ -147,7 +147,7 @@ def _run_steps(parts: Parts, meter: Meter, progress: Progress, steps: Iterator[S
         if is_validated:
             _validate(parts, meter, progress)
         if is_judged:
-            judge(parts, meter, progress)
+            judge_now(parts, meter, progress)
         if is_saved:
             save(parts, meter, progress)
         meter.pause()
@@ -291,7 +291,7 @@ def _validate(parts: Parts, meter: Meter, progress: Progress) -> None:
     meter.say_validation(progress.step, numbers)
 
 
-def judge(parts: Parts, meter: Meter, progress: Progress) -> None:
+def judge_now(parts: Parts, meter: Meter, progress: Progress) -> None:
     """Evaluate the model as it is on the recipe's tasks: the main process works, the others wait."""
     reshard(parts.module)
     stock = gather_stock(parts.accelerator, parts.model, parts.optimizer.optimizer)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hf_plm.config import UserError
+from hf_plm.files import check_writable, keep_inputs
 from hf_plm.judging.contacts.fit import (
     INVERSE_PENALTY,
     NUM_PROTEINS,
@@ -20,7 +21,7 @@ from hf_plm.judging.contacts.fit import (
 from hf_plm.judging.contacts.maps import FORMATS, contact_figure, dots_per_inch, read_proteins, write_contacts
 from hf_plm.judging.contacts.precision import as_table, evaluate_contacts, means, verdict, with_interval
 from hf_plm.judging.contacts.predictor import ContactPredictor, check_lengths, open_contact_predictor
-from hf_plm.judging.contacts.structures import Structure, read_structures
+from hf_plm.judging.contacts.structures import Structure, read_structures, without_repeats
 from hf_plm.judging.findings import home, write_findings
 from hf_plm.judging.plots import save
 from hf_plm.judging.requirements import require_judge
@@ -109,6 +110,9 @@ def judge_contacts(job: Judged) -> Path | None:
     assert job.evaluate is not None
     if job.out and job.out.suffix != ".json":
         raise UserError(f"--out names a file that ends in .json for what --evaluate finds, not {job.out}.")
+    if job.out:
+        keep_inputs([job.evaluate], job.out, job.out.with_suffix(".png"))
+        check_writable(job.out)
     structures = _read(job.evaluate, job.sets)
     predictor = open_contact_predictor(job.model, job.device)
     predictor.require_fitted()
@@ -137,6 +141,11 @@ def _judge(
     predictor: ContactPredictor, structures: list[Structure], name: str, path: Path | None, more: dict[str, Any]
 ) -> None:
     """Prints the table and keeps the findings, with the map of the protein that stands in the middle by its P@L."""
+    structures, repeats, num_different = without_repeats(structures)
+    if repeats:
+        others = f", {num_different:,} with other contacts than the first, which counts" if num_different else ""
+        what = "repeat of a sequence of its set is" if len(repeats) == 1 else "repeats of a sequence of their set are"
+        print(f"{len(repeats):,} {what} left out{others}.")
     rows = evaluate_contacts(predictor, structures)
     found = {"all": means(rows)}
     kinds = sorted({one.set for one in structures})
@@ -171,6 +180,7 @@ def _judge(
         "verdict": verdict(found["all"]),
         "example": {"id": example.id, "picture": picture.name},
         **more,
+        "repeats": [one.id for one in repeats],
         "rows": rows,
     }
     write_findings(path, "contacts", [predictor.facts], plain)

@@ -3,7 +3,9 @@
 Dimensions: N residues, P pairs.
 """
 
+import hashlib
 import io
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +23,12 @@ from hf_plm.files import write_whole
 from hf_plm.judging.contacts.predictor import LEAST_SEPARATION, ContactPredictor, check_lengths, windows
 from hf_plm.judging.contacts.structures import Structure, holds_structures, read_structures
 from hf_plm.judging.plots import COLOURS, figure, save
+from hf_plm.lock import locked
 from hf_plm.progress import shown
 from hf_plm.proteins.fasta import FastaReader, IllegalResidueError, clean
 
 FORMATS = ("csv", "npz")
-INDEX = "proteins.csv"
+INDEX, REQUEST = "proteins.csv", "request.json"
 BLUE, ORANGE = COLOURS[0], COLOURS[1]
 NOT_PREDICTED = "#DDDDDD"
 FAINTEST_TOP = 0.25
@@ -66,53 +69,119 @@ def read_proteins(path: Path) -> list[Protein]:
 def write_contacts(
     predictor: ContactPredictor, proteins: list[Protein], out: Path, kind: str = "csv", has_pictures: bool = True
 ) -> list[str]:
-    """A table or matrix and a picture of each protein into the new folder `out`; what is to be said of them.
+    """A table or matrix and a picture of each protein into the folder `out`; what is to be said of them.
 
     csv: i, j (1-based, j - i >= 6), probability; npz: probability (N, N), NaN where it was not predicted, and sequence.
     proteins.csv, written last, lists id, residues, files, windows, and pairs not predicted. Each file is written whole
-    or not. Raises `UserError` for a folder that is there, and above `LONGEST` residues.
+    or not: the same call goes on after any stop. Raises `UserError` for a folder that is finished, that is of another
+    model, other proteins or settings, or another's, and above `LONGEST` residues.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        is_cut = out.is_dir() and not (out / INDEX).is_file()
-        what = (
-            f"is there, without {INDEX}: what wrote it was stopped, or it is another's"
-            if is_cut
-            else "is there already"
-        )
-        raise UserError(f"{out} {what}; name another folder with --out, or move it away.")
+    facts = {key: value for key, value in predictor.facts.items() if key != "model"}
+    request = {**facts, "format": kind, "pictures": has_pictures, "proteins": _fingerprint(proteins)}
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _check_free(out, request)
+        lock = locked(out / ".lock", f"predicts contacts into {out}")
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}.") from None
+    with lock:
+        _check_free(out, request)  # again: it may have been another's until now
+        for torn in out.glob(".*.tmp") if (out / REQUEST).is_file() else ():  # of a process that was killed
+            torn.unlink()
+        write_whole(out / REQUEST, json.dumps(request, indent=1).encode())
+        named = list(zip(proteins, _file_names([one.id for one in proteins]), strict=True))
+        todo = [
+            (one, name)
+            for one, name in named
+            if not all(file.is_file() for file in _files(one, out / name, kind, has_pictures))
+        ]
+        if len(todo) < len(named):
+            print(f"{len(named) - len(todo):,} of {len(named):,} proteins have their contacts in {out} already.")
+        for protein, name in shown("predicting contacts", todo, [len(one.residues) for one, _ in todo]):
+            map_NN = predictor.probabilities(protein.residues)
+            table, *pictures = _files(protein, out / name, kind, has_pictures)
+            write_whole(table, _csv(map_NN) if kind == "csv" else _npz(map_NN, protein.residues))
+            for picture in pictures:
+                drawn = contact_figure(protein.id, map_NN, protein.structure)
+                save(drawn, picture, dots_per_inch(len(protein.residues)))
+        return _write_index(named, out, kind, has_pictures, predictor.limit)
+
+
+def _check_free(out: Path, request: dict[str, Any]) -> None:
+    """Raises `UserError` for a folder that holds anything but the unfinished contacts of the same request."""
+    if (out / INDEX).is_file():
+        raise UserError(f"{out} is there already; name another folder with --out, or move it away.")
+    path = out / REQUEST
+    if not path.is_file():
+        if strange := [one.name for one in out.iterdir() if not one.name.startswith(".")]:
+            raise UserError(
+                f"{out} is there already and holds files that are not of such a command ({min(strange)}); name another "
+                "folder with --out."
+            )
+        return
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+        different = [key for key in (*request, *was) if was.get(key) != request.get(key)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is damaged or cannot be read; remove {out} or name another --out.") from None
+    if different:
+        key = different[0]
+        what = f"with {key} {was.get(key)}, where {request.get(key)} was asked for"
+        raise UserError(
+            f"{out} holds unfinished contacts {'of other proteins' if key == 'proteins' else what}; name another "
+            "folder with --out, or remove it."
+        )
+
+
+def _fingerprint(proteins: list[Protein]) -> str:
+    """Of all that the files of a folder are made of, but for the model."""
+    digest = hashlib.sha256()
+    for one in proteins:
+        digest.update(f"{one.id}\n{one.residues.decode()}\n".encode())
+        if one.structure is not None:
+            digest.update(f"{one.structure.atom} {one.structure.cutoff}\n".encode())
+            digest.update(one.structure.pairs_P2.tobytes() + one.structure.is_resolved_N.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _files(protein: Protein, stem: Path, kind: str, has_pictures: bool) -> list[Path]:
+    """Of one protein: the table or matrix and, of one that has a pair to predict, the picture."""
+    is_drawn = has_pictures and len(protein.residues) > LEAST_SEPARATION
+    return [Path(f"{stem}.{one}") for one in (kind, *(["png"] if is_drawn else []))]
+
+
+def _write_index(named: list[tuple[Protein, str]], out: Path, kind: str, has_pictures: bool, limit: int) -> list[str]:
     lines = ["id,residues,file,picture,windows,pairs,pairs_not_predicted"]
     num_long = num_short = 0
-    names = _file_names([one.id for one in proteins])
-    costs = [len(one.residues) for one in proteins]
-    for protein, name in zip(shown("predicting contacts", proteins, costs), names, strict=True):
+    for protein, name in named:
         length = len(protein.residues)
-        map_NN = predictor.probabilities(protein.residues)
+        table, *pictures = (file.name for file in _files(protein, out / name, kind, has_pictures))
         num_pairs = max(0, length - LEAST_SEPARATION) * (length - LEAST_SEPARATION + 1) // 2
-        num_predicted = sum(np.isfinite(row_N[i + LEAST_SEPARATION :]).sum() for i, row_N in enumerate(map_NN))
-        write_whole(out / f"{name}.{kind}", _csv(map_NN) if kind == "csv" else _npz(map_NN, protein.residues))
-        picture = f"{name}.png" if has_pictures and num_pairs else ""
-        if picture:
-            save(contact_figure(protein.id, map_NN, protein.structure), out / picture, dots_per_inch(length))
-        num_windows = len(windows(length, predictor.limit))
+        num_windows, num_predicted = len(windows(length, limit)), _num_predicted(length, limit)
         num_long += num_windows > 1
         num_short += not num_pairs
         quoted = '"' + protein.id.replace('"', '""') + '"'
         counts = f"{num_windows},{num_predicted},{num_pairs - num_predicted}"
-        lines.append(f"{quoted},{length},{name}.{kind},{picture},{counts}")
+        lines.append(f"{quoted},{length},{table},{''.join(pictures)},{counts}")
     write_whole(out / INDEX, ("\n".join(lines) + "\n").encode())
-    notes = [f"Contacts of {len(proteins):,} protein{'s' * (len(proteins) != 1)} are in {out}, listed in {INDEX}."]
+    notes = [f"Contacts of {len(named):,} protein{'s' * (len(named) != 1)} are in {out}, listed in {INDEX}."]
     if num_long:
         notes.append(
-            f"{num_long:,} longer than {predictor.limit:,} residues were taken in windows of that length that overlap "
-            "by half; pairs that no window holds are not predicted."
+            f"{num_long:,} longer than {limit:,} residues were taken in windows of that length that overlap by half; "
+            "pairs that no window holds are not predicted."
         )
     if num_short:
-        notes.append(f"{num_short:,} have fewer than {LEAST_SEPARATION + 1} residues, and so no pair to predict.")
+        have = "has" if num_short == 1 else "have"
+        notes.append(f"{num_short:,} {have} fewer than {LEAST_SEPARATION + 1} residues, and so no pair to predict.")
     return notes
+
+
+def _num_predicted(length: int, limit: int) -> int:
+    """Pairs of `LEAST_SEPARATION` and more that a window holds."""
+    reach_N = np.zeros(length, dtype=np.int64)
+    for begin, end in windows(length, limit):
+        reach_N[begin:end] = end
+    return int(np.maximum(0, reach_N - np.arange(length) - LEAST_SEPARATION).sum())
 
 
 def dots_per_inch(length: int) -> int:

@@ -47,6 +47,10 @@ class Structure:
         contacts_NN[self.pairs_P2[:, 0], self.pairs_P2[:, 1]] = True
         return contacts_NN | contacts_NN.T
 
+    def truth(self) -> tuple[object, ...]:
+        """What two structures of one sequence are compared by."""
+        return self.atom, self.cutoff, set(map(tuple, self.pairs_P2.tolist())), self.is_resolved_N.tolist()
+
     @property
     def sha256(self) -> str:
         """Of the residues, the first 16 letters: what tells two proteins apart."""
@@ -86,6 +90,18 @@ def read_structures(path: Path, sets: Iterable[str] = ()) -> list[Structure]:
         known = ", ".join(sorted({one.set for one in found}))
         raise UserError(f"{path} has no set {min(strange)!r}; it has {known}.")
     return [one for one in found if not wanted or one.set in wanted]
+
+
+def without_repeats(structures: Iterable[Structure]) -> tuple[list[Structure], list[Structure], int]:
+    """Each sequence of a set once, the first; the repeats; and how many of these have other contacts than the first."""
+    kept: dict[tuple[str, bytes], Structure] = {}
+    repeats, num_different = [], 0
+    for one in structures:
+        first = kept.setdefault((one.set, one.residues), one)
+        if first is not one:
+            repeats.append(one)
+            num_different += first.truth() != one.truth()
+    return list(kept.values()), repeats, num_different
 
 
 def _suffix(path: Path) -> str:
