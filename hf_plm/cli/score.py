@@ -156,10 +156,8 @@ def _agreement(name: str, scores_V: Any, variants: Any, measured_V: Any, fit_V: 
         [title, *(found[metric] for metric in METRICS)] for title, found in ((name, model), ("BLOSUM62", baseline))
     ]
     print("\n" + _table("", lines, METRICS))
-    places_V = [
-        "+".join(str(one.place) for one in variant) for variant, has in zip(variants, has_V, strict=True) if has
-    ]
-    own, above = agreement_intervals(scores_V[has_V], substitutions_V[has_V], measured_V[has_V], places_V)
+    places_V = np.array(["+".join(str(one.place) for one in variant) for variant in variants])
+    own, above = agreement_intervals(scores_V[has_V], substitutions_V[has_V], measured_V[has_V], places_V[has_V])
     verdict = "above" if above.low > 0 else "below" if above.high < 0 else "not shown to be above or below"
     print(f"\nSpearman {own}, less BLOSUM62's {above:+}: {verdict} it (95%, bootstrap over positions)\n")
     found = {"metrics": model, "blosum62": baseline, "spearman": own.plain(), "above_blosum62": above.plain()}
