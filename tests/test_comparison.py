@@ -11,7 +11,8 @@ from hf_plm.judging.findings import read_findings
 from hf_plm.judging.probes import predictors
 from hf_plm.judging.probes.comparison import draw, paired, sentence, short_names
 from hf_plm.judging.probes.measures import NAMES
-from hf_plm.judging.probes.probe import predictions, prepare_task
+from hf_plm.judging.probes.preparation import prepare_task
+from hf_plm.judging.probes.probe import predictions
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -30,23 +31,27 @@ def test_a_model_is_as_good_as_itself_and_better_than_noise(kind, tmp_path):
     assert "A is above B" in sentence(("A", "B"), "linear", kind, better)
     worse = {**better, "value": -better["value"], "low": -better["high"], "high": -better["low"]}
     assert "B is above A" in sentence(("A", "B"), "linear", kind, worse)
+    one_group = {**same, "low": np.nan, "high": np.nan, "permutation_p_value": np.nan}
+    assert "+0.000 (no interval)." in sentence(("A", "B"), "linear", kind, one_group)
     draw(prepared, "cross-validation", {"good": good, "noise": noise, "again": again}, "linear", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_a_test_set_of_one_label_has_no_picture_and_loses_nothing(kind, tmp_path, capsys):
+def test_a_test_set_of_one_label_has_no_picture_and_loses_nothing(kind, tmp_path):
     task = random_task(kind, splits=tuple(["train"] * 60 + ["test"] * 15 + ["test_one"] * 15))
     task.labels_R[75:] = 1
     prepared = prepare_task(task, OPTIONS)
     good = predictions(prepared, planted(prepared.task, 3), ["linear"], "t")["linear"].scores_RC
-    draw(prepared, "test_one", {"good": good}, "linear", tmp_path / "p.png")
-    assert "All rows of test_one have one label: its picture is left out" in capsys.readouterr().out
+    (said,) = draw(prepared, "test_one", {"good": good}, "linear", tmp_path / "p.png")
+    assert "All rows of test_one have one label: its picture is left out" in said
     assert not (tmp_path / "p.png").exists()
     if kind == "regression":
         found = paired(prepared, "test_one", good, good)
         assert np.isnan(found["permutation_p_value"])
-        assert "no difference shown" in sentence(("A", "B"), "linear", kind, found)
+        said = sentence(("A", "B"), "linear", kind, found)
+        assert "no difference shown" in said
+        assert "such rows have no Spearman" in said
 
 
 def test_scores_of_another_scale_are_as_good():
@@ -77,6 +82,7 @@ def test_from_the_command_line(model, table, tmp_path, capsys, monkeypatch):  # 
     said = capsys.readouterr().out
     assert "model phosboost" in said
     assert "prott5 phosboost" in said
+    assert "test_none: 4 proteins" in said
     for group in ("sites_ST", "sites_Y"):
         plain = read_findings(tmp_path / "out" / group / "findings.json")
         assert (plain["kind"], plain["features"], plain["labels"]) == ("comparison", "site", ["model", "prott5"])

@@ -1,5 +1,8 @@
 """Predictors against the libraries' own, after saving and reading, and settings chosen on what was not fitted."""
 
+import contextlib
+import warnings
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -8,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from hf_plm.config import UserError
 from hf_plm.judging.probes import predictors
-from hf_plm.judging.probes.predictors import PREDICTORS, STACK, How, Rows, choose, fit, load_fitted
+from hf_plm.judging.probes.predictors import PREDICTORS, STACK, How, Rows, choose, fit, load_fitted, quiet
 
 CLASSES = {"binary": 2, "multiclass": 3, "regression": 1}
 
@@ -69,6 +72,20 @@ def test_a_class_that_is_not_there_is_never_said():
         assert said[:, 1].max() < 0.01
     with pytest.raises(UserError, match="one label only"):
         fit("linear", rows.at(np.flatnonzero(rows.y_R == 1)), {"strength": 1}, How("multiclass", 3, 1))
+
+
+def test_many_classes_are_no_warning():
+    rows = Rows(drawn("binary", 40).X_RD, np.arange(40) % 30, np.arange(40))
+
+    def said(how):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            with how:
+                fit("linear", rows, {"strength": 0.1}, How("multiclass", 30, 1))
+        return [str(one.message) for one in found]
+
+    assert any("unique classes" in one for one in said(contextlib.nullcontext()))
+    assert said(quiet()) == []
 
 
 @pytest.mark.parametrize("name", PREDICTORS)

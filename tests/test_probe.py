@@ -9,16 +9,15 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from hf_plm.config import UserError
 from hf_plm.judging.probes import predictors
 from hf_plm.judging.probes.features import letters
+from hf_plm.judging.probes.preparation import Options, check_labels, kept_as, prepare_task
 from hf_plm.judging.probes.probe import (
     PRIOR,
-    Options,
     advantage,
     baselines,
     final,
     measured,
     predictions,
     prepare_quick,
-    prepare_task,
     quick_probe,
     wanted,
 )
@@ -220,3 +219,37 @@ def test_a_word_during_a_run(tmp_path):
     assert list(found) == ["probe_t_auprc", "probe_t_auprc_baseline"]
     assert min(found.values()) > 0.9
     assert max(quick_probe(encoder, prepare_quick(task, 50)).values()) < 0.9
+
+
+def test_a_label_that_no_part_can_learn_is_named():
+    task = dataclasses.replace(random_task(), labels_R=np.array([1] + [0] * 89))
+    words = r"label 'b' stands in 1 protein \(1 unrelated\).* for 3 folds 6 unrelated ones are enough"
+    with pytest.raises(UserError, match=words):
+        check_labels(prepare_task(task, OPTIONS))
+    given = dataclasses.replace(task, splits=("test",) + ("train",) * 89)
+    with pytest.raises(UserError, match="the given split should have more of them on its train side"):
+        check_labels(prepare_task(given, OPTIONS))
+    for seed in range(5):
+        for folds, enough in ((2, 8), (3, 6), (5, 5)):
+            labels = np.random.default_rng(seed).permutation([1] * enough + [0] * (90 - enough))
+            options = dataclasses.replace(OPTIONS, folds=folds, seed=seed)
+            check_labels(prepare_task(dataclasses.replace(task, labels_R=labels), options))
+    check_labels(prepare_task(random_task("regression"), OPTIONS))
+
+
+def test_a_quick_look_has_another_name():
+    task = random_task()
+    names = {
+        kept_as(task, prepare_task(task, options), options)
+        for options in (
+            Options(threads=1),
+            Options(threads=3),
+            Options(max_proteins=500),
+            Options(max_proteins=40),
+            Options("linear"),
+            Options(folds=3),
+            Options(resamples=20),
+            Options(seed=1),
+        )
+    }
+    assert names == {"t", "t-40-proteins", "t-linear", "t-folds-3", "t-resamples-20", "t-seed-1"}

@@ -3,6 +3,8 @@
 import argparse
 import csv
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from hf_plm.cli import probe as cli
 from hf_plm.config import UserError
 from hf_plm.judging.findings import read_findings, write_findings
 from hf_plm.judging.intervals import Interval
+from hf_plm.judging.probes import probing
+from hf_plm.judging.probes.measures import NAMES
 from hf_plm.judging.probes.predictors import load_fitted
-from hf_plm.judging.probes.probing import site_groups, verdict
+from hf_plm.judging.probes.probing import site_groups
 from hf_plm.judging.probes.task import read_task
+from hf_plm.judging.probes.telling import counted, text_table, verdict
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +164,91 @@ def test_leaks_are_refused_or_listed(model, table, tmp_path):
 def test_mistakes(arguments, message, table):
     with pytest.raises(UserError, match=message):
         run(*(table if argument == "TABLE" else argument for argument in arguments))
+
+
+def test_what_is_read_is_kept(model, table, tmp_path, monkeypatch):
+    """No output takes the place of an input, by whichever way the same file is named."""
+    monkeypatch.chdir(tmp_path)
+    text = table.read_text()
+    (folder := tmp_path / "out").mkdir()
+    for name in ("predictions.csv", "left_out.tsv", "findings.json", "trees_0.txt", "test.png"):
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match="would be written, but is what is read"):
+            run("no_model", "--task", folder / name, "--out", "out")
+    (group := folder / "predictions_ST").mkdir()
+    (group / "predictions.csv").write_text(text)
+    with pytest.raises(UserError, match="would be written, but is what is read"):
+        run("no_model", "--task", group / "predictions.csv", "--sites", "STY", "--out", "out")
+    assert {path.read_text() for path in folder.glob("**/*.*")} == {text}
+
+
+def test_predictions_of_new_proteins_take_no_file_s_place(model, table, tmp_path, monkeypatch, capsys):
+    run(model, "--task", table, "--out", tmp_path / "out", "--predictor", "linear")
+    (fasta := tmp_path / "new.fasta").write_text(">a\nMSTY\n")
+    before = {path: path.read_bytes() for path in [fasta, *(tmp_path / "out").iterdir()]}
+    for path in before:
+        with pytest.raises(UserError, match="would be written, but is what is read"):
+            run("no_model", "--predict", tmp_path / "out", "--data", fasta, "--out", path)
+    monkeypatch.chdir(tmp_path / "out")
+    run(model, "--predict", ".", "--data", fasta)
+    assert "3 predictions in predicted.csv." in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_reader_that_goes_away_loses_nothing(model, table, tmp_path, monkeypatch):
+    """As `| head -1` does: what is computed is kept, of the second group too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        run(model, "--task", table, "--sites", "STY", "--out", tmp_path / "out", "--predictor", "linear")
+    for group in ("sites_ST", "sites_Y"):
+        assert {"findings.json", "predictions.csv", "predictor.json"} <= {
+            path.name for path in (tmp_path / "out" / group).iterdir()
+        }
+
+
+def test_everything_is_kept_before_it_is_printed(model, table, tmp_path, monkeypatch, capsys):
+    class LostError(Exception):
+        pass
+
+    def lost(*lines):
+        raise LostError
+
+    monkeypatch.setattr(probing, "say", lost)
+    with pytest.raises(LostError):
+        run(model, "--task", table, "--out", tmp_path / "out", "--predictor", "linear")
+    assert (tmp_path / "out" / "findings.json").exists()
+
+
+def test_a_quick_look_leaves_the_findings_of_the_whole(model, table, tmp_path, monkeypatch, capsys):
+    """Of a run: the name says what was asked for."""
+    shutil.copytree(model, tmp_path / "run" / "hub")
+    for more in ((), ("--max-proteins", "30"), ("--leaks", "drop")):
+        run(tmp_path / "run", "--task", table, "--predictor", "linear", *more)
+    kept = {path.name: read_findings(path) for path in (tmp_path / "run" / "findings").iterdir()}
+    names = [
+        f"probe-sites-{asked}-resamples-20.json" for asked in ("31-proteins-linear", "linear-leaks-drop", "linear")
+    ]
+    assert sorted(kept) == names
+    assert [kept[name]["task"]["proteins"] for name in names] == [31, 60, 60]
+    monkeypatch.chdir(tmp_path)
+    run(model, "--task", table, "--predictor", "linear", "--out", ".")
+    assert f"Kept in {tmp_path}.\n" in capsys.readouterr().out
+
+
+def test_words():
+    assert (counted(1, "protein"), counted(1200, "protein")) == ("1 protein", "1,200 proteins")
+    nothing = float("nan")
+    one_group = {name: Interval(-0.0001, nothing, nothing) for name in NAMES["regression"]}
+    said = text_table("regression", {"linear": one_group}, {})
+    assert "0.000 (no interval)" in said
+    assert "-0.000" not in said
+    assert "nan" not in said
+    assert "Spearman +0.000 (no interval)" in verdict("linear", "x", "Spearman", one_group["r2"])
+    assert "such rows have no Spearman" in verdict("linear", "x", "Spearman", Interval(nothing, nothing, nothing))
+    large = text_table("regression", {"linear": dict.fromkeys(one_group, Interval(2e29, 1, 2))}, {})
+    assert large.endswith("2e+29")
 
 
 def test_the_verdict_is_honest():

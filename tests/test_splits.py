@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hf_plm.config import UserError
 from hf_plm.judging.probes import splits as tested
+from hf_plm.judging.probes.columns import Columns
 from hf_plm.judging.probes.splits import POOLED, by_kmers, joined, plan
-from hf_plm.judging.probes.task import Columns, Task, read_task, side
+from hf_plm.judging.probes.task import Task, read_task, side
 
 
 def made(ids, sequences, labels, splits=None, clusters=None, kind="binary"):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hf_plm.config import UserError
-from hf_plm.judging.probes.task import Columns, read_task
+from hf_plm.judging.probes.columns import Columns
+from hf_plm.judging.probes.task import read_task
 
 
 def written(tmp_path, text, name="task.tsv"):
@@ -113,6 +114,120 @@ def test_a_fold_of_scope_is_no_split(tmp_path):
     assert "'fold' holds no numbers" in task.notes[0]
     assert read_task(written(tmp_path, text.replace(".1", "")[:15] + text[15:].replace("a.1", "1").replace("b.1", "2")),
                      Columns(label="class")).splits == ("1", "2")  # fmt: skip
+
+
+PEPTIDES = ["".join(letters) for letters in np.random.default_rng(0).choice(list("ACDEFGHIKL"), (60, 8))]
+
+
+def table_of(tmp_path, column, cells, sequences=PEPTIDES):
+    rows = [
+        f"p{number} {sequence} {cell}" for number, (sequence, cell) in enumerate(zip(sequences, cells, strict=True))
+    ]
+    return written(tmp_path, "\n".join([f"id sequence {column}", *rows]) + "\n")
+
+
+@pytest.mark.parametrize("column", ["label", "outcome"])
+def test_names_as_long_as_peptides_are_names(tmp_path, column):
+    path = table_of(tmp_path, column, ["positive", "negative"] * 30)
+    task = read_task(path)
+    assert (task.level, task.classes, len(task)) == ("protein", ("negative", "positive"), 60)
+    assert "are taken for 2 names; --level residue" in task.notes[0]
+    task = read_task(path, level="residue")
+    assert (task.level, len(task)) == ("residue", 480)
+    task = read_task(path, level="protein")
+    assert (task.level, task.notes) == ("protein", ())
+
+
+def test_labels_of_peptides_are_told_by_the_column(tmp_path):
+    strings = ["".join(digits) for digits in np.random.default_rng(1).choice(list("01"), (60, 8))]
+    for column in ("labels", "sites"):
+        assert read_task(table_of(tmp_path, column, strings)).level == "residue"
+    few = ["00000000"] * 50 + strings[:10]  # digits are no names, however few they are
+    assert read_task(table_of(tmp_path, "sites", few)).level == "residue"
+    with pytest.raises(UserError, match=r"line 2: the label '\d+' is as long as its sequence .* give --level residue"):
+        read_task(table_of(tmp_path, "label", strings))
+    assert read_task(table_of(tmp_path, "label", strings), level="residue").level == "residue"
+    decimals = [f"{number:.6f}" for number in np.random.default_rng(2).random(60)]
+    assert read_task(table_of(tmp_path, "outcome", decimals)).kind == "regression"
+    with pytest.raises(UserError, match="line 2: p0 has 8 residues, and its column 'labels' 3 labels"):
+        read_task(table_of(tmp_path, "labels", ["yes"] * 60))
+    assert read_task(table_of(tmp_path, "labels", ["yes", "no"] * 30), level="protein").level == "protein"
+
+
+@pytest.mark.parametrize("column", ["label", "labels", "outcome"])
+@pytest.mark.parametrize("letters", ["01", "HEC", "0;1;"])
+def test_labels_of_residues_that_are_one_too_few(tmp_path, column, letters):
+    draw = np.random.default_rng(0)
+    sequences = ["".join(draw.choice(list("ACDEFGHIKL"), 60)) for _ in range(40)]
+    separator = ";" if ";" in letters else ""
+    cells = [separator.join(draw.choice(list(letters.replace(";", "")), 59)) for _ in range(40)]
+    path = table_of(tmp_path, column, cells, sequences)
+    with pytest.raises(UserError, match=f"line 2: p0 has 60 residues, and its column '{column}' 59 labels"):
+        read_task(path)
+    with pytest.raises(UserError, match="59 labels"):
+        read_task(path, level="residue")
+    names = ["Mitochondrion_inner_membrane", "Endoplasmic_reticulum_lumen"]
+    assert read_task(table_of(tmp_path, "location", names * 20, [one[:50] for one in sequences])).level == "protein"
+
+
+def test_a_protein_without_labels_of_residues(tmp_path):
+    task = read_task(written(tmp_path, "id sequence labels\np MKS 010\nq MKSV NA\n"))
+    assert (task.ids, task.notes) == (("p",), ("4 residues have no label and are left out.",))
+
+
+def test_levels_that_cannot_be(tmp_path):
+    path = written(tmp_path, "id position sequence label\np 1 MK 1\n")
+    with pytest.raises(UserError, match=r"lists sites .its column 'position'.; leave --level protein out"):
+        read_task(path, level="protein")
+    with pytest.raises(UserError, match="--level is one of protein, residue"):
+        read_task(path, level="site")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("p MKAAA yes\nq GAAAA no\np MKAAA no", "line 4: p has the label 'no', and in line 2 'yes'"),
+        ("p MKAAA yes\np MVAAA no", "line 3: p has another sequence than in line 2"),
+    ],
+)
+def test_a_protein_that_contradicts_itself(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        read_task(written(tmp_path, f"id sequence label\n{rows}\n"))
+
+
+def test_without_ids_a_protein_is_its_sequence(tmp_path):
+    with pytest.raises(UserError, match="line 4: the same sequence has the label 'no', and in line 2 'yes'"):
+        read_task(written(tmp_path, "sequence label\nMKAAA yes\nGAAAA no\nMKAAA no\n"))
+    # Other ids may be other measurements, and keep together in any split.
+    assert len(read_task(written(tmp_path, "id sequence label\na MKAAA yes\nb MKAAA no\n"))) == 2
+
+
+def test_repeated_rows_are_left_out_and_counted(tmp_path):
+    text = "id sequence label split\np MK 1.0 train\np MK 1 train\nq GA 0 train\np MK 1 test\nq GA - train\n"
+    task = read_task(written(tmp_path, text))
+    assert (task.ids, task.lines, task.splits) == (("p", "q", "p"), (2, 4, 5), ("train", "train", "test"))
+    assert task.notes == (
+        "1 of 5 rows repeat an earlier one and are left out.",
+        "1 of 4 rows have no label and are left out.",
+    )
+    with pytest.raises(UserError, match="line 3: p is in cluster b, and before in a"):
+        read_task(written(tmp_path, "id sequence label cluster\np MK 1 a\np MK 1 b\nq GA 0 b\n"))
+
+
+def test_a_table_with_semicolons(tmp_path):
+    path = written(tmp_path, "id;sequence;value\n" + "".join(f"p{n};MK{'A' * n};{n}.5\n" for n in range(12)))
+    task = read_task(path)
+    assert (task.kind, task.ids[0], task.labels_R[0]) == ("regression", "p0", 0.5)
+    path.write_text(path.read_text().replace(".5", ",5"))
+    with pytest.raises(UserError, match="line 2: '0,5' has a decimal comma"):
+        read_task(path)
+
+
+def test_another_reading_has_another_name(tmp_path):
+    path = written(tmp_path, "id sequence label split\np MK 1 a\nq MV 0 b\n")
+    assert read_task(path).name == "task"
+    columns = Columns(label="label", split="none")
+    assert read_task(path, columns, "binary", level="protein").name == "task_label_split-none_kind-binary_level-protein"
 
 
 REAL = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_plm.cli.process import quick_imports
 from hf_plm.config import UserError
+from hf_plm.files import check_writable, keep_inputs
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,6 +25,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     probe.add_argument("--task", type=Path, metavar="TABLE", help="proteins and labels: CSV or TSV, .gz too")
     probe.add_argument("--label", metavar="COLUMN", help="column of the labels (the one named label, target, ...)")
     probe.add_argument("--kind", help="binary, multiclass or regression (told from the labels)")
+    probe.add_argument(
+        "--level", help="what a label is of: protein or residue (label or labels; told from the lengths)"
+    )
     probe.add_argument("--proteins", type=Path, metavar="FASTA", help="the sequences of a table that lists sites")
     probe.add_argument(
         "--sites",
@@ -50,7 +54,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     probe.add_argument("--predict", type=Path, metavar="FOLDER", help="apply the predictor of an earlier --out ...")
     probe.add_argument("--data", type=Path, metavar="FASTA", help="... to these proteins")
     probe.add_argument(
-        "--out", type=Path, help="folder for findings, predictions and predictor; with --predict the CSV to write"
+        "--out",
+        type=Path,
+        help="folder for findings, predictions and predictor; with --predict the CSV to write (predicted.csv)",
     )
     probe.add_argument(
         "--illegal", default="reject", help="letters that are no residues: reject, or x to write X (reject)"
@@ -88,9 +94,10 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         raise UserError(f"--sites are letters of residues, such as STY, not {parsed.sites!r}.")
     with quick_imports():
         from hf_plm.judging.probes.comparison import compare
-        from hf_plm.judging.probes.probe import Options
-        from hf_plm.judging.probes.probing import Model, letter_groups, run, site_groups
-    from hf_plm.judging.probes.task import Columns, read_task
+        from hf_plm.judging.probes.preparation import Options
+        from hf_plm.judging.probes.probing import Model, check_out, letter_groups, run, site_groups
+    from hf_plm.judging.probes.columns import Columns
+    from hf_plm.judging.probes.task import read_task
 
     names = parsed.compare or [parsed.model]
     models = [Model(name, parsed.precision, parsed.device, parsed.threads) for name in names]
@@ -108,10 +115,13 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         parsed.resamples,
         parsed.seed,
     )
-    task = read_task(parsed.task, columns, parsed.kind, parsed.proteins, letters, parsed.illegal)
-    for group in site_groups(task, letters):
-        apart = len(letter_groups(letters)) > 1  # even where one group is left
-        out = parsed.out / group.name if parsed.out is not None and apart else parsed.out
+    task = read_task(parsed.task, columns, parsed.kind, parsed.proteins, letters, parsed.illegal, parsed.level)
+    groups = site_groups(task, letters)
+    is_apart = len(letter_groups(letters)) > 1  # even where one group is left
+    outs = [parsed.out / group.name if parsed.out is not None and is_apart else parsed.out for group in groups]
+    for out in outs if parsed.out is not None else ():
+        check_out(out, [parsed.task, parsed.proteins, parsed.clusters])
+    for group, out in zip(groups, outs, strict=True):
         if parsed.compare:
             compare(models[0], models[1], group, options, out)
         else:
@@ -121,11 +131,16 @@ def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 def _predict(parsed: argparse.Namespace) -> None:
     if parsed.compare or parsed.task is not None:
         raise UserError("--predict applies a kept predictor of one MODEL; leave --compare and --task out.")
-    out = parsed.out or Path("predictions.csv")
+    out = parsed.out or Path("predicted.csv")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; with --predict it is the CSV to write.")
+    keep_inputs([parsed.data, *parsed.predict.glob("*")], out)
+    check_writable(out)
     with quick_imports():
-        from hf_plm.judging.probes.probing import Model, apply
+        from hf_plm.judging.probes.prediction import apply
+        from hf_plm.judging.probes.probing import Model
+    from hf_plm.judging.probes.telling import counted, say
+
     model = Model(parsed.model, parsed.precision, parsed.device, parsed.threads)
     count = apply(model, parsed.predict, parsed.data, out, parsed.illegal)
-    print(f"{count:,} predictions in {out}.")
+    say(f"{counted(count, 'prediction')} in {out}.")

@@ -12,45 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from hf_plm.judging.findings import home, write_findings
-from hf_plm.judging.intervals import permutation_p_value
+from hf_plm.judging.findings import home
+from hf_plm.judging.intervals import Interval, permutation_p_value
 from hf_plm.judging.probes.features import embedded
 from hf_plm.judging.probes.measures import LABELS, decided, headline, measure
-from hf_plm.judging.probes.probe import (
-    PRIOR,
-    Options,
-    Prepared,
-    advantage,
-    baselines,
-    measured,
-    predictions,
-    prepare_task,
-    wanted,
-)
-from hf_plm.judging.probes.probing import (
-    Model,
-    described,
-    plain_result,
-    sizes,
-    tell,
-    tell_notes,
-    text_table,
-    write_csv,
-    write_leaks,
-)
+from hf_plm.judging.probes.predictors import quiet
+from hf_plm.judging.probes.preparation import Options, Prepared, check_labels, kept_as, prepare_task
+from hf_plm.judging.probes.probe import PRIOR, advantage, baselines, measured, predictions, wanted
+from hf_plm.judging.probes.probing import Model, described, keep, plain_result, sizes, write_csv, write_leaks
 from hf_plm.judging.probes.task import Task
+from hf_plm.judging.probes.telling import counted, noted, say, spread, tell, text_table, title
 from hf_plm.judging.requirements import require_judge
 
 MOST_POINTS = 2000
 """Of a curve in a picture."""
 
 
+@quiet()
 def compare(first: Model, second: Model, task: Task, options: Options, out: Path | None) -> dict[str, Any]:
-    """Probes both models, prints the table and the tests, keeps findings, predictions and a picture. Returns the
+    """Probes both models, keeps findings, predictions and a picture, prints the table and the tests. Returns the
     findings."""
     require_judge()
     prepared = prepare_task(task, options)
     names = wanted(options, prepared)
+    check_labels(prepared)
     tell(prepared)
     told = len(prepared.notes)
     labels = short_names(first.name, second.name)
@@ -64,7 +49,7 @@ def compare(first: Model, second: Model, task: Task, options: Options, out: Path
     # By both models' validation, so that neither picks the predictor that suits it.
     best = max(names, key=lambda name: sum(found[label][name].validation for label in labels))
     beside = baselines(prepared, best, options.features)
-    tell_notes(prepared, told)
+    lines = noted(prepared, told)
     letters = next(name for name in beside if name != PRIOR)
     scores = {f"{label} {name}": found[label][name].scores_RC for name in names for label in labels}
     tables = measured(prepared, {**scores, **beside})
@@ -77,12 +62,12 @@ def compare(first: Model, second: Model, task: Task, options: Options, out: Path
         "results": [],
     }
     for test, table in tables.items():
-        print(f"\n{test}\n{text_table(task.kind, table, {})}")
+        lines += ["", title(prepared, test), text_table(task.kind, table, {})]
         differences = {}
         for name in names:
             pair = [found[label][name].scores_RC for label in labels]
             differences[name] = paired(prepared, test, pair[0], pair[1])
-            print(sentence(labels, name, task.kind, differences[name]))
+            lines.append(sentence(labels, name, task.kind, differences[name]))
         plain["tests"][test] = {**sizes(prepared, test), "differences": differences}
         for name in names:
             for label in labels:
@@ -93,15 +78,14 @@ def compare(first: Model, second: Model, task: Task, options: Options, out: Path
         out.mkdir(parents=True, exist_ok=True)
         _write_rows(out / "predictions.csv", prepared, {**scores, **beside})
         write_leaks(out / "left_out.tsv", prepared)
-    homes = [home(model.name, "comparison", f"{task.name}-{'-'.join(labels)}") for model in (first, second)]
-    for path in dict.fromkeys([out / "findings.json" if out else None, *homes]):
-        if path is not None:
-            write_findings(path, "comparison", facts, plain)
-            print(f"Kept in {path.parent if path.name == 'findings.json' else path}.")
+    name = f"{kept_as(task, prepared, options)}-{'-'.join(labels)}"
+    homes = [home(model.name, "comparison", name) for model in (first, second)]
+    kept = keep(out, homes, "comparison", facts, plain)
     drawn = {**{label: found[label][best].scores_RC for label in labels}, letters: beside[letters]}
     for test in tables if out is not None else ():
         assert out is not None
-        draw(prepared, test, drawn, best, out / f"{_file(test)}.png")
+        lines += draw(prepared, test, drawn, best, out / f"{_file(test)}.png")
+    say(*lines, *kept)
     return plain
 
 
@@ -140,29 +124,28 @@ def paired(prepared: Prepared, test: str, first_RC: np.ndarray, second_RC: np.nd
 
 def sentence(labels: tuple[str, str], predictor: str, kind: str, found: dict[str, float]) -> str:
     """The difference, in words."""
-    how = (
-        f"{LABELS[headline(kind)]} {found['value']:+.3f} (95%: {found['low']:+.3f} to {found['high']:+.3f}; "
-        f"permutation p = {found['permutation_p_value']:.3g})"
-    )
+    of, p_value = LABELS[headline(kind)], found["permutation_p_value"]
+    how = f"such rows have no {of}"
+    if not np.isnan(found["value"]):
+        more = "" if np.isnan(p_value) else f"; permutation p = {p_value:.3g}"
+        how = f"{of} {spread(Interval(found['value'], found['low'], found['high']), '+', more=more)}"
     if not (found["low"] > 0 or found["high"] < 0):
         return f"{predictor}: no difference shown between {labels[0]} and {labels[1]}: {how}."
     better, worse = labels if found["value"] > 0 else labels[::-1]
     return f"{predictor}: {better} is above {worse}; {labels[0]} - {labels[1]}: {how}."
 
 
-def draw(prepared: Prepared, test: str, scores: dict[str, np.ndarray], predictor: str, path: Path) -> None:
+def draw(prepared: Prepared, test: str, scores: dict[str, np.ndarray], predictor: str, path: Path) -> list[str]:
     """ROC and precision-recall curves of two classes; true against predicted values; recall of each of more classes.
 
-    Of a test set with one label or value there is nothing to draw, and that is said."""
+    Of a test set with one label or value there is nothing to draw, and that is what is returned."""
     from hf_plm.judging.plots import figure, save
 
     rows, kind = prepared.tests[test], prepared.task.kind
     truth = prepared.task.labels_R[rows]
     if kind != "multiclass" and np.ptp(truth) == 0:
-        print(f"All rows of {test} have one label: its picture is left out.")
-        return
+        return [f"All rows of {test} have one label: its picture is left out."]
     here = {name: scores_RC[rows] for name, scores_RC in scores.items()}
-    proteins = len(np.unique(prepared.task.proteins_R[rows]))
     if kind == "binary":
         made, axes = figure(10, 4.6, 1, 2)
         _curves(axes, truth, here)
@@ -172,13 +155,12 @@ def draw(prepared: Prepared, test: str, scores: dict[str, np.ndarray], predictor
     else:
         made, axes = figure(8, 1.6 + 0.34 * min(len(prepared.task.classes), 25), 1, 1)
         _by_class(axes[0], truth, here, prepared.task.classes)
-    of = (
-        f"{len(rows):,} residues of {proteins:,} proteins"
-        if prepared.task.level == "residue"
-        else f"{proteins:,} proteins"
-    )
+    of = counted(len(np.unique(prepared.task.proteins_R[rows])), "protein")
+    if prepared.task.level == "residue":
+        of = f"{counted(len(rows), 'residue')} of {of}"
     made.suptitle(f"{prepared.task.name}, {test}: {of}, predictor {predictor}", fontsize=11)
     save(made, path)
+    return []
 
 
 def _curves(axes: list[Any], truth: np.ndarray, scores: dict[str, np.ndarray]) -> None:

@@ -10,6 +10,7 @@ import psutil
 
 from hf_plm.inference.vectors import Encoder, embed_stream
 from hf_plm.judging.probes.task import Task
+from hf_plm.judging.probes.telling import say
 from hf_plm.progress import shown
 from hf_plm.proteins.vocabulary import STANDARD_RESIDUES
 
@@ -27,7 +28,7 @@ def embedded(encoder: Encoder, task: Task, features: str = "residue", label: str
     shape = (len(task), encoder.width * (2 if is_site else 1))
     if (num_bytes := 4 * shape[0] * shape[1]) > psutil.virtual_memory().total / 2:
         size = f"{num_bytes / 1e9:,.1f} GB, more than half of the memory"
-        print(f"Note: the vectors of {len(task):,} rows take {size}; --max-proteins draws fewer.", flush=True)
+        say(f"Note: the vectors of {len(task):,} rows take {size}; --max-proteins draws fewer.")
     found_RD = np.empty(shape, dtype=np.float32)
     rows_of: dict[str, list[int]] = {}
     for row, protein in enumerate(task.proteins_R.tolist()):

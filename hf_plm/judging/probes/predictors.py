@@ -7,6 +7,7 @@ test has seen; of a linear one the strength of L2, of neighbours their number, o
 Dimensions: R rows, D features, C classes (1 for regression).
 """
 
+import contextlib
 import json
 import warnings
 import zipfile
@@ -90,6 +91,14 @@ class Fitted:
         for number, text in enumerate(self.texts):
             (folder / f"trees_{number}.txt").write_text(text, encoding="utf-8")
         (folder / "predictor.json").write_text(json.dumps({**plain, "num_trees_files": len(self.texts)}, indent=1))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without scikit-learn's word, at each of hundreds of fits, that so many classes may be a quantity."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
+        yield
 
 
 def load_fitted(folder: Path) -> Fitted:
@@ -176,7 +185,7 @@ def _linear_path(rows: Rows, how: How, grid: Any) -> Iterator[Fitted]:
         return
     present = np.unique(rows.y_R)
     if len(present) < 2:
-        raise UserError("A part of the task to learn from has one label only; give fewer --folds, or another split.")
+        raise UserError("A part of the task to learn from has one label only; it needs proteins of two.")
     model = LogisticRegression(warm_start=True, max_iter=MOST_STEPS, tol=1e-3)
     for strength in grid:
         with warnings.catch_warnings():

@@ -9,10 +9,8 @@ Dimensions: R rows, D features, C classes.
 
 import collections
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,90 +19,16 @@ from hf_plm.config import UserError
 from hf_plm.data.heldout import hash_of
 from hf_plm.inference.vectors import Encoder
 from hf_plm.judging.intervals import Difference, Interval, bootstrap_intervals, paired_difference
-from hf_plm.judging.probes.features import FEATURES, embedded, letters
+from hf_plm.judging.probes.features import embedded, letters
 from hf_plm.judging.probes.measures import NAMES, headline, measure, measures
-from hf_plm.judging.probes.predictors import MOST_STEPS, PREDICTORS, STACK, Fitted, How, Rows, choose, fit
-from hf_plm.judging.probes.splits import KMER_SHARE, Plan, near_pairs, plan
-from hf_plm.judging.probes.task import Task, side
+from hf_plm.judging.probes.predictors import MOST_STEPS, PREDICTORS, STACK, Fitted, Rows, choose, fit, quiet
+from hf_plm.judging.probes.preparation import Options, Prepared, check_labels, prepare_task
+from hf_plm.judging.probes.task import Task
 from hf_plm.progress import shown
 
 MOST_TREE_CLASSES = 30
 """Boosting fits a tree a class and round; beyond so many classes it is only done when it is asked for by name."""
 PRIOR = "label shares"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a task is put to a model."""
-
-    predictor: str = "all"  # linear, knn, trees, phosboost or all
-    features: str = "residue"
-    folds: int = 5
-    clusters: Path | None = None
-    leaks: str = "refuse"
-    max_rows: int = 200_000  # to learn from; tests are whole
-    max_proteins: int | None = None
-    threads: int = 0  # 0: all
-    resamples: int | None = None  # behind intervals and tests; none: by the number of rows
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.features not in FEATURES:
-            raise UserError(f"--features is one of {', '.join(FEATURES)}, not {self.features!r}.")
-        if self.predictor not in (*PREDICTORS, STACK, "all"):
-            raise UserError(f"--predictor is one of {', '.join(PREDICTORS)}, {STACK}, all, not {self.predictor!r}.")
-        for flag, number, least in (
-            ("max-rows", self.max_rows, 10),
-            ("max-proteins", self.max_proteins, 10),
-            ("resamples", self.resamples, 20),
-        ):
-            if number is not None and number < least:
-                raise UserError(f"--{flag} is a number from {least}, not {number}.")
-
-
-@dataclass(frozen=True)
-class RowRound:
-    """One fit and its tests, in rows."""
-
-    fit: np.ndarray
-    inner: list[tuple[np.ndarray, np.ndarray]]  # indices into `fit`
-    tests: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A task with its folds: the same for all models."""
-
-    task: Task  # only the rows that are used
-    plan: Plan
-    rounds: list[RowRound]
-    notes: list[str]
-    how: How
-    resamples: int | None
-
-    @property
-    def groups_R(self) -> np.ndarray:
-        return self.plan.groups_P[self.task.proteins_R]
-
-    def ranked(self, scores_RC: np.ndarray) -> np.ndarray:
-        """(R,) ranks within each round as shares, NaN where no test: fits of other rounds have offsets of their own,
-        which say nothing of the order of their rows together."""
-        from scipy.stats import rankdata
-
-        found = np.full(len(scores_RC), np.nan)
-        for one in self.rounds:
-            for rows in one.tests.values():
-                found[rows] = rankdata(scores_RC[rows, -1]) / (len(rows) + 1)
-        return found
-
-    @property
-    def tests(self) -> dict[str, np.ndarray]:
-        """The rows of each test set, over all rounds."""
-        found: dict[str, list[np.ndarray]] = {}
-        for one in self.rounds:
-            for name, rows in one.tests.items():
-                found.setdefault(name, []).append(rows)
-        return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
 @dataclass(frozen=True)
@@ -116,89 +40,6 @@ class Predicted:
     settings: list[dict[str, Any]]  # of each round
     validation: float  # by the first measure, mean over rounds; NaN where there is none
     fitted: Fitted  # of the last round
-
-
-def prepare_task(task: Task, options: Options) -> Prepared:
-    """Draws, splits and looks for leaks. Raises `UserError` for what cannot be split, and for leaks."""
-    notes = list(task.notes)
-    if options.features == "site" and task.level == "protein":
-        raise UserError(f"--features site is for labels of residues, and {task.path} has one label for each protein.")
-    if options.max_proteins is not None and options.max_proteins < len(task.ids):
-        whole = len(task.ids)
-        task = _few(task, options.max_proteins, options.seed)
-        notes.append(f"{len(task.ids):,} of {whole:,} proteins are drawn (--max-proteins).")
-    split = plan(task, options.folds, options.clusters, options.leaks, options.seed)
-    notes += split.notes
-    if task.splits is not None and len(split.rounds) == 1 and (near := _relatives(task, split)):
-        notes.append(near)
-    rounds, sampled = _row_rounds(task, split, options)
-    if sampled:
-        notes.append(f"{sampled:,} rows are drawn to learn from (--max-rows); tests are whole.")
-    used = np.zeros(len(task), dtype=bool)
-    for one in rounds:
-        for rows in (one.fit, *one.tests.values()):
-            used[rows] = True
-    number = np.cumsum(used) - 1
-    rounds = [
-        RowRound(number[one.fit], one.inner, {name: number[rows] for name, rows in one.tests.items()}) for one in rounds
-    ]
-    threads = options.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else options.threads
-    how = How(task.kind, max(len(task.classes), 1), threads or os.cpu_count() or 1, options.seed)
-    return Prepared(task.rows(used), split, rounds, notes, how, options.resamples)
-
-
-def _few(task: Task, count: int, seed: int) -> Task:
-    """A draw of proteins, by the sizes of a split's sides, a quarter for the tests where these are smaller."""
-    draw = np.random.default_rng(seed)
-    sides = np.array([side(value) or value for value in task.splits] if task.splits else ["train"] * len(task.ids))
-    names, sizes = np.unique(sides, return_counts=True)
-    is_test = np.array([name not in ("train", "valid") and not name.startswith("fold ") for name in names])
-    shares = sizes / sizes.sum()
-    if is_test.any() and not is_test.all() and shares[is_test].sum() < 0.25:
-        shares = np.where(is_test, 0.25 * shares / shares[is_test].sum(), 0.75 * shares / shares[~is_test].sum())
-    chosen = [
-        draw.permutation(np.flatnonzero(sides == name))[: max(1, round(count * share))]
-        for name, share in zip(names, shares, strict=True)
-    ]
-    return task.proteins(np.sort(np.concatenate(chosen)))
-
-
-def _relatives(task: Task, split: Plan) -> str:
-    """An honest word on a given split: how many of the test have a near relative to learn from."""
-    tested = np.concatenate(list(split.rounds[0].tests.values()))
-    count = len(np.unique(near_pairs(task.sequences, tested, split.rounds[0].train)[0]))
-    return (
-        f"{count:,} of {len(tested):,} test proteins have a near relative on the train side: the one of the two with "
-        f"fewer 5-mers shares {KMER_SHARE:.0%} of them."
-        if count
-        else ""
-    )
-
-
-def _row_rounds(task: Task, split: Plan, options: Options) -> tuple[list[RowRound], int]:
-    """Rounds in rows, and how many rows the largest draw has where one was needed."""
-    draw, sampled, rounds = np.random.default_rng(options.seed), 0, []
-    for one in split.rounds:
-        rows = np.flatnonzero(np.isin(task.proteins_R, one.train))
-        if len(rows) > options.max_rows:
-            rows = np.sort(draw.choice(rows, options.max_rows, replace=False))
-            sampled = max(sampled, len(rows))
-        of_rows = task.proteins_R[rows]
-        inner = [
-            (np.flatnonzero(np.isin(of_rows, train)), np.flatnonzero(np.isin(of_rows, valid)))
-            for train, valid in one.inner
-        ]
-        inner = [pair for pair in inner if len(pair[0]) and len(pair[1])]
-        if not inner:
-            raise UserError(
-                f"{task.path}: too few labelled rows are left to choose settings by; --max-rows keeps more."
-            )
-        tests = {name: np.flatnonzero(np.isin(task.proteins_R, proteins)) for name, proteins in one.tests.items()}
-        tests = {name: found for name, found in tests.items() if len(found)}
-        if not len(rows) or not tests:
-            raise UserError(f"{task.path}: a side of the split has no labelled row.")
-        rounds.append(RowRound(rows, inner, tests))
-    return rounds, sampled
 
 
 def wanted(options: Options, prepared: Prepared) -> list[str]:
@@ -335,14 +176,17 @@ class Quick:
     baseline: float
 
 
+@quiet()
 def prepare_quick(task: Task, max_proteins: int = 300, seed: int = 0) -> Quick:
     """One round of a draw of proteins, for `quick_probe`. Raises `UserError` for what cannot be split."""
     options = Options("linear", max_rows=20_000, max_proteins=max_proteins, leaks="drop", threads=1, seed=seed)
     prepared = prepare_task(task, options)
     prepared = dataclasses.replace(prepared, rounds=prepared.rounds[:1])
+    check_labels(prepared)
     return Quick(prepared, _quick_value(prepared, letters(prepared.task)))
 
 
+@quiet()
 def quick_probe(encoder: Encoder, quick: Quick) -> dict[str, float]:
     """One number and its baseline, in seconds: a linear probe, for use during a run.
 

@@ -10,30 +10,30 @@ from typing import Any
 import numpy as np
 
 from hf_plm.config import UserError
-from hf_plm.files import write_whole
+from hf_plm.files import check_writable, keep_inputs, write_whole
 from hf_plm.inference.embedder import Embedder
-from hf_plm.judging.findings import home, read_findings, write_findings
+from hf_plm.judging.findings import home, write_findings
 from hf_plm.judging.intervals import Interval
 from hf_plm.judging.probes.features import embedded
-from hf_plm.judging.probes.measures import LABELS, NAMES, decided, headline
-from hf_plm.judging.probes.predictors import load_fitted
+from hf_plm.judging.probes.measures import LABELS, decided, headline
+from hf_plm.judging.probes.predictors import quiet
+from hf_plm.judging.probes.preparation import Options, Prepared, check_labels, kept_as, prepare_task
 from hf_plm.judging.probes.probe import (
     PRIOR,
-    Options,
     Predicted,
-    Prepared,
     advantage,
     baselines,
     final,
-    hashes_of,
     measured,
     predictions,
-    prepare_task,
     wanted,
 )
 from hf_plm.judging.probes.task import Task
+from hf_plm.judging.probes.telling import noted, say, tell, text_table, title, verdict
 from hf_plm.judging.requirements import require_judge
-from hf_plm.proteins.fasta import IllegalResidueError, clean_sequence, read_fasta
+
+OUTPUTS = ("findings.json", "predictions.csv", "left_out.tsv", "predictor.json", "predictor.npz")
+"""What `--out` holds, beside the trees of a predictor and the pictures of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,9 @@ def site_groups(task: Task, sites: str | None) -> list[Task]:
     for letters in letter_groups(sites):
         some = task.residues(letters)
         if not len(some):
-            print(f"{task.name} has no labelled residue {' or '.join(letters)}: that group is left out.", flush=True)
+            say(f"{task.name} has no labelled residue {' or '.join(letters)}: that group is left out.")
         elif task.classes and len(np.unique(some.labels_R)) < 2:
-            print(
-                f"{task.name}: all {len(some):,} residues {letters} have one label: that group is left out.", flush=True
-            )
+            say(f"{task.name}: all {len(some):,} residues {letters} have one label: that group is left out.")
         else:
             found.append(some.proteins(np.unique(some.proteins_R)))
     if not found:
@@ -80,11 +78,19 @@ def site_groups(task: Task, sites: str | None) -> list[Task]:
     return found
 
 
+def check_out(out: Path, read: Iterable[Path | None]) -> None:
+    """Before long work: raises `UserError` where `out` could not be written to, or what is read would be replaced."""
+    keep_inputs(read, *(out / name for name in OUTPUTS), *out.glob("trees_*.txt"), *out.glob("*.png"))
+    check_writable(out / "findings.json")
+
+
+@quiet()
 def run(model: Model, task: Task, options: Options, out: Path | None) -> dict[str, Any]:
-    """Probes a model, prints the table, keeps what `out` and the run's folder are for. Returns the findings."""
+    """Probes a model, keeps what `out` and the run's folder are for, prints the table. Returns the findings."""
     require_judge()
     prepared = prepare_task(task, options)
     names = wanted(options, prepared)
+    check_labels(prepared)
     tell(prepared)
     told = len(prepared.notes)
     encoder = model.open()
@@ -92,7 +98,7 @@ def run(model: Model, task: Task, options: Options, out: Path | None) -> dict[st
     found = predictions(prepared, X_RD, names, "predictors")
     best = max(found.values(), key=lambda one: one.validation)
     beside = baselines(prepared, best.name, options.features)
-    tell_notes(prepared, told)
+    lines = noted(prepared, told)
     scores = {**{name: one.scores_RC for name, one in found.items()}, **beside}
     tables = measured(prepared, scores)
     plain = {
@@ -109,12 +115,12 @@ def run(model: Model, task: Task, options: Options, out: Path | None) -> dict[st
     }
     letters_name = next(name for name in beside if name != PRIOR)
     for test, table in tables.items():
-        print(f"\n{_title(prepared, test)}\n{text_table(prepared.task.kind, table, {best.name: ' *'})}")
         gained = advantage(prepared, test, best.scores_RC, beside[letters_name])
         plain["tests"][test]["above_letters"] = gained.plain()
-        print(verdict(best.name, letters_name, LABELS[headline(task.kind)], gained))
+        lines += ["", title(prepared, test), text_table(task.kind, table, {best.name: " *"})]
+        lines.append(verdict(best.name, letters_name, LABELS[headline(task.kind)], gained))
     if len(found) > 1:
-        print("* is preferred by validation inside the train side.")
+        lines.append("* is preferred by validation inside the train side.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         kept, learnt = final(prepared, X_RD, best, options.max_rows)
@@ -122,39 +128,23 @@ def run(model: Model, task: Task, options: Options, out: Path | None) -> dict[st
         plain["kept"] = {"predictor": best.name, "learnt_from": learnt, "width": int(X_RD.shape[1])}
         write_predictions(out / "predictions.csv", prepared, found, beside, best.name)
         write_leaks(out / "left_out.tsv", prepared)
-    facts = [dict(encoder.encoder.facts)]
-    for path in (out / "findings.json" if out else None, home(model.name, "probe", prepared.task.name)):
-        if path is not None:
-            write_findings(path, "probe", facts, plain)
-            print(f"Kept in {path.parent if path.name == 'findings.json' else path}.")
+    at_home = home(model.name, "probe", kept_as(task, prepared, options))
+    say(*lines, *keep(out, [at_home], "probe", [dict(encoder.encoder.facts)], plain))
     return plain
 
 
-def tell(prepared: Prepared) -> None:
-    """The task and its split, before the work begins."""
-    task = prepared.task
-    residues = f", {len(task):,} residues" if task.level == "residue" else ""
-    print(f"{task.name}: {len(task.ids):,} proteins{residues} with labels, {task.kind}{_shares(task)}.")
-    first = prepared.plan.rounds[0]
-    counts = ", ".join(f"{len(rows):,} {name}" for name, rows in first.tests.items())
-    print(f"Split: {prepared.plan.how}; {'the first: ' if len(prepared.rounds) > 1 else ''}", end="")
-    print(f"{len(first.train):,} proteins to learn from, {counts}.", flush=True)
-    tell_notes(prepared)
-
-
-def tell_notes(prepared: Prepared, told: int = 0) -> None:
-    """Those that were not yet told."""
-    for note in prepared.notes[told:]:
-        print(f"Note: {note}", flush=True)
-
-
-def _shares(task: Task) -> str:
-    if not task.classes:
-        return ""
-    counts = np.bincount(task.labels_R, minlength=len(task.classes)) / len(task)
-    order = np.argsort(-counts)[:4]
-    more = f", {len(counts) - 4} more" if len(counts) > 4 else ""
-    return " (" + ", ".join(f"{task.classes[index]} {counts[index]:.1%}" for index in order) + more + ")"
+def keep(
+    out: Path | None, homes: Iterable[Path | None], kind: str, facts: list[dict[str, str]], plain: dict[str, Any]
+) -> list[str]:
+    """Writes findings to a folder and to the runs that they are of; says where."""
+    lines = []
+    if out is not None:
+        write_findings(out / "findings.json", kind, facts, plain)
+        lines.append(f"Kept in {out.resolve()}.")
+    for path in dict.fromkeys(one for one in homes if one is not None):
+        write_findings(path, kind, facts, plain)
+        lines.append(f"Kept in {path}.")
+    return lines
 
 
 def described(prepared: Prepared, options: Options) -> dict[str, Any]:
@@ -195,36 +185,6 @@ def plain_result(test: str, name: str, measures: dict[str, Interval], is_baselin
     return {"test": test, "predictor": name, "baseline": is_baseline, "measures": plain}
 
 
-def _title(prepared: Prepared, test: str) -> str:
-    rows = prepared.tests[test]
-    proteins = len(np.unique(prepared.task.proteins_R[rows]))
-    residues = f", {len(rows):,} residues" if prepared.task.level == "residue" else ""
-    return f"{test}: {proteins:,} proteins{residues}"
-
-
-def text_table(kind: str, table: dict[str, dict[str, Interval]], marks: dict[str, str]) -> str:
-    """One line for each predictor; the first measure with its interval of 95%, the others as they are."""
-    of = NAMES[kind]
-    wide = max(len(name) + len(marks.get(name, "")) for name in table) + 2
-    heads = [f"{LABELS[of[0]]} (95%)".rjust(24), *(LABELS[one].rjust(max(len(LABELS[one]), 7)) for one in of[1:])]
-    lines = [" " * wide + "  ".join(heads)]
-    for name, measures in table.items():
-        cells = [str(measures[of[0]]).rjust(24)]
-        cells += [f"{measures[one].value:.3f}".rjust(max(len(LABELS[one]), 7)) for one in of[1:]]
-        lines.append((name + marks.get(name, "")).ljust(wide) + "  ".join(cells))
-    return "\n".join(lines)
-
-
-def verdict(name: str, baseline: str, of: str, gained: Interval) -> str:
-    """In words, whether the model is above the letters."""
-    how = f"{of} {gained.value:+.3f} (95%: {gained.low:+.3f} to {gained.high:+.3f})"
-    if gained.low > 0:
-        return f"The embeddings ({name}) are above the {baseline} baseline: {how}."
-    if gained.high < 0:
-        return f"The embeddings ({name}) are BELOW the {baseline} baseline: {how}."
-    return f"The embeddings ({name}) are not shown to be above the {baseline} baseline: {how}."
-
-
 def write_predictions(
     path: Path, prepared: Prepared, found: dict[str, Predicted], beside: dict[str, np.ndarray], best: str
 ) -> None:
@@ -234,7 +194,7 @@ def write_predictions(
     head = ["id", *(["position", "residue"] if task.level == "residue" else []), "test", "truth", *scores]
     if task.kind == "multiclass":
         head += [f"p_{name}" for name in task.classes]
-    said = {name: _said(task.kind, task.classes, scores_RC) for name, scores_RC in scores.items()}
+    texts = {name: said(task.kind, task.classes, scores_RC) for name, scores_RC in scores.items()}
 
     def lines() -> Iterable[list[str]]:
         for test, rows in prepared.tests.items():
@@ -242,7 +202,7 @@ def write_predictions(
                 protein, position = task.proteins_R[row], task.positions_R[row]
                 place = [str(position + 1), task.sequences[protein][position]] if task.level == "residue" else []
                 cells = [task.ids[protein], *place, test, task.numbers_written(row)]
-                cells += [said[name][row] for name in scores]
+                cells += [texts[name][row] for name in scores]
                 if task.kind == "multiclass":
                     cells += [f"{value:.4g}" for value in scores[best][row]]
                 yield cells
@@ -250,7 +210,7 @@ def write_predictions(
     write_csv(path, head, lines())
 
 
-def _said(kind: str, classes: Sequence[str], scores_RC: np.ndarray) -> list[str]:
+def said(kind: str, classes: Sequence[str], scores_RC: np.ndarray) -> list[str]:
     """A class by its name; of two classes the probability of the second; a value."""
     if kind == "multiclass":
         return [classes[index] for index in decided(kind, np.nan_to_num(scores_RC))]
@@ -281,88 +241,3 @@ def write_csv(path: Path, head: list[str], lines: Iterable[list[str]], separator
     writer.writerow(head)
     writer.writerows(lines)
     write_whole(path, buffer.getvalue().encode())
-
-
-def apply(model: Model, folder: Path, data: Path, out: Path, illegal: str = "reject") -> int:
-    """Predicts for the proteins of a FASTA file with what `run` kept in `folder`; returns the number of rows.
-
-    Says of how many proteins the predictor has learnt.
-    """
-    require_judge()
-    below = sorted(path.parent.name for path in folder.glob("*/predictor.json"))
-    if below and not (folder / "predictor.json").exists():
-        raise UserError(f"{folder} holds predictors in folders of its own; give one of {', '.join(below)} in it.")
-    plain = read_findings(folder / "findings.json")
-    fitted = load_fitted(folder)
-    try:
-        then, features, of = plain["models"][0], plain["features"], plain["task"]
-        then = {key: str(then[key]) for key in ("model", "revision")}
-        of = {key: of[key] for key in ("name", "level", "kind", "classes", "letters")}
-    except (LookupError, TypeError):
-        raise UserError(f"{folder} holds no predictor of hf-plm probe --out: its findings lack something.") from None
-    encoder = model.open()
-    facts = encoder.encoder.facts
-    if facts["revision"] != then["revision"]:
-        raise UserError(
-            f"The predictor in {folder} has learnt from embeddings of {then['model']} (revision "
-            f"{then['revision'][:16]}); {model.name} is another model ({facts['revision'][:16]})."
-        )
-    task = _new_task(data, of, illegal)
-    seen_P = np.isin(hashes_of(task.sequences), fitted.arrays.get("seen", np.empty(0, dtype=np.uint64)))
-    if seen_P.any():
-        print(
-            f"Note: the predictor has learnt from {seen_P.sum():,} of these {len(seen_P):,} proteins (column seen), so "
-            "that what it says of them is no test of it."
-        )
-    scores_RC = fitted.predict(embedded(encoder.encoder, task, "site" if features == "site" else "residue"))
-    said = _said(task.kind, task.classes, scores_RC)
-    head = ["id", *(["position", "residue"] if task.level == "residue" else []), "seen"]
-    if task.kind != "binary":
-        head.append("prediction")
-    head += [f"p_{name}" for name in (task.classes[1:] if task.kind == "binary" else task.classes)]
-
-    def lines() -> Iterable[list[str]]:
-        for row, (protein, place) in enumerate(zip(task.proteins_R, task.positions_R, strict=True)):
-            where = [str(place + 1), task.sequences[protein][place]] if task.level == "residue" else []
-            probabilities = [f"{value:.4g}" for value in scores_RC[row]] if task.kind == "multiclass" else []
-            yield [task.ids[protein], *where, "yes" if seen_P[protein] else "no", said[row], *probabilities]
-
-    write_csv(out, head, lines())
-    return len(task)
-
-
-def _new_task(data: Path, of: dict[str, Any], illegal: str) -> Task:
-    """The rows of a FASTA file that a predictor is for: its proteins, or their residues of the letters it knows."""
-    ids: list[str] = []
-    sequences: list[str] = []
-    proteins: list[int] = []
-    positions: list[int] = []
-    for record in read_fasta(data):
-        try:
-            sequence = clean_sequence(record.sequence, illegal)
-        except IllegalResidueError as error:
-            raise UserError(f"{data}, {record.id}: {error} --illegal x writes X for it.") from None
-        if not sequence:
-            raise UserError(f"{data}, {record.id}: the sequence is empty.")
-        places = [0]
-        if of["level"] == "residue":
-            places = [place for place, letter in enumerate(sequence) if letter in of["letters"]]
-        proteins += [len(ids)] * len(places)
-        positions += places
-        ids.append(record.id)
-        sequences.append(sequence)
-    return Task(
-        of["name"],
-        str(data),
-        of["level"],
-        of["kind"],
-        tuple(of["classes"]),
-        tuple(ids),
-        tuple(sequences),
-        tuple(range(len(ids))),
-        None,
-        None,
-        np.array(proteins, dtype=np.int64),
-        np.array(positions, dtype=np.int64),
-        np.zeros(len(proteins)),
-    )

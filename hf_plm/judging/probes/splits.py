@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_plm.config import UserError
-from hf_plm.judging.probes.labels import MISSING
+from hf_plm.judging.probes.labels import is_missing
 from hf_plm.judging.probes.task import Task, side
 
 POOLED = "cross-validation"
@@ -262,7 +262,7 @@ def _cluster_table(path: Path, task: Task) -> tuple[str, ...]:
             raise UserError(f"{path} has {member!r} in two clusters, {of[member]!r} and {cluster!r}.")
     if not any(id_ in of for id_ in task.ids):
         raise UserError(f"{path} has none of the proteins of {task.path}; its lines are a cluster, a tab and a member.")
-    return tuple("" if (name := of.get(id_, "")).lower() in MISSING else name for id_ in task.ids)
+    return tuple("" if is_missing(name := of.get(id_, "")) else name for id_ in task.ids)
 
 
 def _homology(task: Task) -> tuple[str, np.ndarray, list[str]]:

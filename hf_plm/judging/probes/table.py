@@ -1,4 +1,4 @@
-"""A table as people have it: CSV or TSV, gzip or not, with a line of column names.
+"""A table as people have it: CSV (with commas or semicolons) or TSV, gzip or not, with a line of column names.
 
 Cells of tables separated by tabs may have any length; the csv module would stop at 131,072 characters, which the labels
 of one long protein can exceed.
@@ -32,19 +32,21 @@ def read_table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
         raise UserError(f"{path} should begin with a line of column names, and its first line is empty.")
     if first.startswith(">"):
         raise UserError(f"{path} is FASTA; --task is a table with a column of labels.")
-    head = [name.strip() for name in (first.split("\t") if "\t" in first else next(csv.reader([first])))]
+    separator = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
+    cells = first.split("\t") if separator == "\t" else next(csv.reader([first], delimiter=separator))
+    head = [name.strip() for name in cells]
     if len(set(head)) < len(head):
         twice = next(name for name in head if head.count(name) > 1)
         raise UserError(f"{path} has two columns named {twice!r}.")
-    return head, _rows(path, text, "\t" in first, len(head))
+    return head, _rows(path, text, separator, len(head))
 
 
-def _rows(path: Path, text: str, is_tab: bool, width: int) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, text: str, separator: str, width: int) -> Iterator[tuple[int, list[str]]]:
     lines = io.StringIO(text, newline=None)
-    if is_tab:  # not csv's, which stops at cells of 131,072 characters
+    if separator == "\t":  # not csv's, which stops at cells of 131,072 characters
         numbered = ((number, line.rstrip("\n").split("\t")) for number, line in enumerate(lines, 1))
     else:
-        reader = csv.reader(lines)
+        reader = csv.reader(lines, delimiter=separator)
         numbered = ((reader.line_num, cells) for cells in reader)
     next(numbered)
     try:
