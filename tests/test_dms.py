@@ -14,7 +14,7 @@ import torch
 
 from hf_plm.config import UserError
 from hf_plm.judging.findings import read_findings
-from hf_plm.judging.scores.agreement import METRICS, averages, blosum62, metrics
+from hf_plm.judging.scores.agreement import METRICS, agreement_intervals, averages, blosum62, metrics
 from hf_plm.judging.scores.dms import find_assays, quick_dms, read_quick, run_dms
 from hf_plm.judging.scores.variants import parse
 from hf_plm.models.hub import save_hub_folder
@@ -151,6 +151,25 @@ def test_metrics_are_proteingyms():
     assert found["spearman"] == pytest.approx(pd.Series(scores_V).corr(pd.Series(measured_V), method="spearman"))
     worse = metrics(-scores_V, measured_V, is_fit_V)
     assert all(worse[metric] < found[metric] for metric in METRICS)
+
+
+def test_intervals_are_over_positions():
+    random = np.random.default_rng(1)
+    measured = random.normal(size=200)
+    good, bad = measured + random.normal(size=200), random.normal(size=200)
+    positions = np.repeat(np.arange(20), 10).astype(str)
+    own, above = agreement_intervals(good, bad, measured, positions)
+    assert own.value == metrics(good, measured)["spearman"]
+    assert above.value == pytest.approx(own.value - metrics(bad, measured)["spearman"])
+    assert 0 < above.low < above.value < above.high
+    # All variants of a position alike: as many draws as positions, so wider than of independent variants.
+    alike = [np.repeat(random.normal(size=20), 10) for _ in range(2)]
+    by_position, by_variant = (
+        agreement_intervals(alike[0], bad, alike[0] + alike[1], groups)[0]
+        for groups in (positions, np.arange(200).astype(str))
+    )
+    assert by_position.high - by_position.low > 2 * (by_variant.high - by_variant.low)
+    assert str(agreement_intervals(good, bad, measured, np.zeros(200))[0]) == f"{own.value:.3f}"
 
 
 def test_what_is_not_defined_is_nan():

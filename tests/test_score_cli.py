@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import re
 
 import matplotlib.image
 import numpy as np
@@ -59,11 +60,20 @@ def test_a_table_comes_back_with_one_column_more(run_folder, here, capsys):
     assert "BLOSUM62" in printed
     assert "(95%, bootstrap over positions)" in printed
     kept = read_findings(run_folder / "findings" / "score-v-wild_type-masked.json")
+    given_V, blosum62_V = (kept[name]["spearman"] for name in ("metrics", "blosum62"))
+    assert kept["spearman"]["value"] == given_V
+    assert kept["above_blosum62"]["value"] == pytest.approx(given_V - blosum62_V)
     assert (kept["kind"], kept["variants"], kept["measured"]) == ("score", 4, 3)
     assert kept["blosum62"]["spearman"] is not None
 
     with pytest.raises(UserError, match="has a column hf_plm_score already"):
         run(run_folder, "--wild-type", "p.fasta", "--variants", "deep/scores.tsv")
+
+
+def test_variants_of_one_position_have_no_interval(run_folder, here, capsys):
+    (here / "one.csv").write_text("mutant,DMS_score\nK2A,1\nK2C,3\nK2D,2\n")
+    run(run_folder, "--wild-type", "p.fasta", "--variants", "one.csv", "--out", "out.csv")
+    assert re.search(r"Spearman -?\d\.\d+, less BLOSUM62's [+-]\d\.\d+: not shown", capsys.readouterr().out)
 
 
 def test_a_scan_has_all_substitutions_and_a_picture(run_folder, here, capsys):
