@@ -206,6 +206,14 @@ def test_the_command(finished_run, random_model, fasta, tmp_path, capsys):
     assert few["results"][0]["model"] == str(run)
     assert few["differences"][0]["a"] == str(run)
 
+    # A file of the same name with as many proteins, too.
+    (tmp_path / "other").mkdir()
+    lines = [line if line.startswith(">") else line[::-1] for line in fasta.read_text().splitlines()]
+    (tmp_path / "other" / fasta.name).write_text("\n".join(lines) + "\n")
+    words = ["evaluate", str(random_model), str(run), "--data", str(tmp_path / "other" / fasta.name)]
+    main([*words, "--sequences", "5"])
+    assert len(list((run / "findings").glob("evaluation-some.fasta-5-*.json"))) == 2
+
 
 def test_nothing_is_lost_where_the_reader_goes_away(random_model, fasta, tmp_path, monkeypatch):
     def broken(*arguments, **options):
