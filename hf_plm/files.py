@@ -8,6 +8,9 @@ from pathlib import Path
 
 from hf_plm.config import UserError
 
+RESULTS = (".json", ".html")
+"""What commands write and none reads from a folder of data."""
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """A file that is there whole or not at all, in a folder made if need be; raises `UserError` where it cannot be."""
@@ -29,6 +32,8 @@ def check_writable(path: Path) -> None:
     """Before long work: raises `UserError` where a file of that name could not be written at its end."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, where the name of a file to write was expected.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no plain file, so it cannot be replaced by one.")
     folder = next(one for one in path.absolute().parents if one.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{path} cannot be written: {folder} is no folder that can be written to.")
@@ -40,7 +45,8 @@ def keep_inputs(read: Iterable[Path | str | None], *written: Path) -> None:
     places = {Path(one).resolve() for name in names for one in (name, *glob(str(name), recursive=True))}
     for path in written:
         place = path.expanduser().resolve()
-        if place in places or (place.is_file() and not places.isdisjoint(place.parents)):
+        is_of_folder = place.suffix not in RESULTS and place.is_file() and not places.isdisjoint(place.parents)
+        if place in places or is_of_folder:
             raise UserError(f"{path} would be written, but is what is read; name another with --out.")
 
 

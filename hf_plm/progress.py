@@ -18,10 +18,11 @@ class Progress:
 
     def __init__(self, doing: str, total: int, is_shown: bool = True):
         self._doing, self._total, self._done, self._is_shown = doing, max(total, 1), 0, is_shown
+        shown_as = doing.replace("{", "{{").replace("}", "}}")
         self._bar = tqdm(
             total=self._total,
             disable=not (is_shown and sys.stderr.isatty()),
-            bar_format=f"{doing}  {{percentage:3.0f}}% |{{bar}}| {{desc}}{{remaining}} left",
+            bar_format=f"{shown_as}  {{percentage:3.0f}}% |{{bar}}| {{desc}}{{remaining}} left",
             dynamic_ncols=True,
             leave=False,
         )

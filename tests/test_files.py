@@ -35,12 +35,20 @@ def test_what_could_not_be_written_is_told_before(tmp_path):
         check_writable(tmp_path / "file" / "c.csv")
 
 
+def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no plain file"):
+        check_writable(tmp_path / "pipe")
+
+
 def test_what_is_read_is_kept(tmp_path, monkeypatch):
     (tmp_path / "a.fasta").touch()
     (tmp_path / "link").symlink_to("a.fasta")
     monkeypatch.chdir(tmp_path)
     keep_inputs([tmp_path / "a.fasta", None, "user/dataset", tmp_path / "folder"], tmp_path / "b.fasta")
     keep_inputs([tmp_path], tmp_path / "b.fasta")
+    (tmp_path / "result.json").touch()
+    keep_inputs([tmp_path], tmp_path / "result.json")
     for read in (tmp_path, str(tmp_path / "*.fasta"), "~/a.fasta"):
         monkeypatch.setenv("HOME", str(tmp_path))
         with pytest.raises(UserError, match="would be written, but is what is read"):

@@ -253,3 +253,11 @@ def test_a_quick_look_has_another_name():
         )
     }
     assert names == {"t", "t-40-proteins", "t-linear", "t-folds-3", "t-resamples-20", "t-seed-1"}
+
+
+def test_a_label_too_rare_for_a_look_during_a_run_is_told():
+    task = random_task(proteins=60)
+    labels = np.zeros_like(task.labels_R)
+    labels[0] = 1
+    with pytest.raises(UserError, match=r"stands in 1 protein .*, and there should be more\."):
+        prepare_quick(dataclasses.replace(task, labels_R=labels), 50)

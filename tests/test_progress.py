@@ -53,11 +53,11 @@ def test_a_bar_and_words_in_a_terminal(monkeypatch, capsys):
 
     terminal = Terminal()
     monkeypatch.setattr(progress.sys, "stderr", terminal)
-    with Spoken("counting", 4) as spoken:
+    with Spoken("counting {x}", 4) as spoken:
         spoken._bar.mininterval = 0
         spoken.count(2)
         spoken.say("a line")
-    assert "counting   50% |" in terminal.text
+    assert "counting {x}   50% |" in terminal.text
     assert "| some words, " in terminal.text
     assert capsys.readouterr().out == "a line\n"
 

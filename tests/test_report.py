@@ -425,6 +425,12 @@ def test_against_another_model(run: Path, other: Path) -> None:
     end = "No variants were scored"  # by a command that names the model as it was named
     assert again.partition(end)[0] == text.partition(end)[0], "a model is known by its weights, not by its path"
     assert kept.read_bytes() == before, "what is known is not computed again"
+    # The same findings as the other model's run keeps them, its own numbers first.
+    turned = {**plain, "models": plain["models"][::-1], "results": plain["results"][::-1]}
+    (run / "findings" / "evaluation-turned.json").write_text(json.dumps(turned))
+    thrice = read(write_report(asked)).text
+    assert thrice.count("Differences, on the same targets") == text.count("Differences, on the same targets") == 1
+    (run / "findings" / "evaluation-turned.json").unlink()
     with pytest.raises(UserError, match="given twice"):
         write_report(Asked(str(run), str(run)))
 

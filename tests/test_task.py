@@ -187,7 +187,7 @@ def test_levels_that_cannot_be(tmp_path):
     ("rows", "message"),
     [
         ("p MKAAA yes\nq GAAAA no\np MKAAA no", "line 4: p has the label 'no', and in line 2 'yes'"),
-        ("p MKAAA yes\np MVAAA no", "line 3: p has another sequence than in line 2"),
+        ("MKAAA MKAAA yes\nMKAAA MKAAA no", "line 3: MKAAA has the label 'no', and in line 2 'yes'"),
     ],
 )
 def test_a_protein_that_contradicts_itself(tmp_path, rows, message):
@@ -246,3 +246,18 @@ REAL = [
 def test_real_tables(real_data, name, label, level, kind, num_classes, num_rows):
     task = read_task(real_data / "probes" / f"{name}.tsv.gz", Columns(label=label))
     assert (task.level, task.kind, len(task.classes), len(task)) == (level, kind, num_classes, num_rows)
+
+
+def test_labels_of_residues_are_compared_letter_by_letter(tmp_path):
+    """As numbers in fp64 the two would be one."""
+    sequence = "MK" * 20
+    rows = f"p {sequence} {'1' * 40}\np {sequence} {'1' * 39}0\nq MKSTA 01010"
+    with pytest.raises(UserError, match="line 3: p has the label"):
+        read_task(written(tmp_path, f"id sequence labels\n{rows}\n"))
+
+
+def test_variants_may_share_the_id_of_their_parent(tmp_path):
+    rows = "\n".join(f"P1 MK{letter}A {number / 7}" for number, letter in enumerate("ACDEFGHIKLMNPQRSTVWY"))
+    task = read_task(written(tmp_path, f"protein sequence label\n{rows}\n"))
+    assert (len(task), task.kind) == (20, "regression")
+    assert "1 ids stand for several sequences" in " ".join(task.notes)

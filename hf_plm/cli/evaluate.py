@@ -1,6 +1,7 @@
 """`hf-plm evaluate`."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -104,8 +105,11 @@ def _label(parsed: argparse.Namespace, facts: dict[str, Any], model: str) -> str
     parts += [f"crop{parsed.crop}"] if parsed.crop else []
     parts += [f"pseudo{parsed.pseudo}"] if parsed.pseudo else []
     parts += ["clusters"] if parsed.clusters else []
-    others = [Path(one).name for one in parsed.models if one != model]
-    return "-".join([*parts, *(["with", *others] if others else [])])
+    others = [one for one in parsed.models if one != model]
+    if others:  # runs/a/hub and runs/b/hub have one name
+        digest = hashlib.sha256("\n".join(others).encode()).hexdigest()[:6]
+        parts += ["with", *(Path(one).name for one in others), digest]
+    return "-".join(parts)
 
 
 @contextmanager
@@ -150,14 +154,14 @@ def _report(found: dict[str, Any]) -> list[str]:
             _interval(overall["recovery"], 1, 100),
         ]
         lines.append(f"{result['model']:<{width}}  " + " ".join(f"{cell:<22}" for cell in cells).rstrip())
-    lines += ["", f"{NO_CONTEXT:<{width}}  {'all targets':<35}masked targets"]
+    lines += ["", f"{NO_CONTEXT:<{width}}  {'all targets':<39}masked targets"]
     for result in results:
         overall = result["overall"]
         cells = [
             f"{overall['context_free_loss']:.4f}: {_interval(overall['margin_context_free'], 4, sign=True)}",
             f"{overall['unigram_entropy']:.4f}: {_interval(overall['margin_unigram_masked'], 4, sign=True)}",
         ]
-        lines.append(f"{result['model']:<{width}}  {cells[0]:<35}{cells[1]}")
+        lines.append(f"{result['model']:<{width}}  {cells[0]:<39}{cells[1]}")
     for result in results:
         if "pseudo" in result:
             pseudo = result["pseudo"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_plm.cli.process import quick_imports
 from hf_plm.config import UserError
-from hf_plm.files import check_writable, keep_inputs
+from hf_plm.files import check_writable
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -134,13 +134,13 @@ def _predict(parsed: argparse.Namespace) -> None:
     out = parsed.out or Path("predicted.csv")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; with --predict it is the CSV to write.")
-    keep_inputs([parsed.data, *parsed.predict.glob("*")], out)
     check_writable(out)
     with quick_imports():
         from hf_plm.judging.probes.prediction import apply
-        from hf_plm.judging.probes.probing import Model
+        from hf_plm.judging.probes.probing import Model, check_predicted
     from hf_plm.judging.probes.telling import counted, say
 
+    check_predicted(out, parsed.data, parsed.predict)
     model = Model(parsed.model, parsed.precision, parsed.device, parsed.threads)
     count = apply(model, parsed.predict, parsed.data, out, parsed.illegal)
     say(f"{counted(count, 'prediction')} in {out}.")

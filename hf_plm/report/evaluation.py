@@ -27,12 +27,25 @@ from hf_plm.report.page import (
 
 def evaluation(findings: Sequence[Finding], model: str, why_not: str = "") -> Html:
     """Losses, perplexity and recovery of each evaluation, by residue, length and depth of cluster."""
-    every = [finding for finding in findings if finding.kind == "evaluation" and finding.rows("results")]
+    every = _once([finding for finding in findings if finding.kind == "evaluation" and finding.rows("results")])
     shown = [one for one in every if not any(_says_more(other, one) for other in every)]
     if not shown:
         return missing(f"Not measured. {why_not}".strip(), f"hf-plm evaluate {model} --data HELD_OUT.fasta")
     parts = [notice(f"Not all of it could be measured. {why_not}")] if why_not else []
     return join([*parts, *(_one_evaluation(finding, is_titled=len(shown) > 1) for finding in shown)])
+
+
+def _once(findings: Sequence[Finding]) -> list[Finding]:
+    """Of evaluations of the same models on the same targets, which each run keeps for itself, one."""
+    found: dict[Any, Finding] = {}
+    for finding in findings:
+        models = frozenset(str(one.get("revision") or one.get("model")) for one in finding.rows("models"))
+        has_pseudo = any("pseudo" in row for row in finding.rows("results"))
+        protocol = dict_of(finding.plain, "protocol").get("name")
+        print_ = dict_of(finding.plain, "data").get("fingerprint")
+        key = (print_, protocol, models, has_pseudo) if print_ and models else id(finding)
+        found.setdefault(key, finding)
+    return list(found.values())
 
 
 def _says_more(one: Finding, other: Finding) -> bool:
@@ -45,9 +58,9 @@ def _says_more(one: Finding, other: Finding) -> bool:
 def against(findings: Sequence[Finding], revisions: Sequence[str | None]) -> Html:
     """One sentence for each paired difference between the two models of these revisions, whatever they were called."""
     sentences = []
-    for finding in findings:
+    for finding in _once([one for one in findings if one.kind == "evaluation"]):
         revision_of = {one.get("model"): one.get("revision") for one in finding.rows("models")}
-        for one in finding.rows("differences") if finding.kind == "evaluation" else []:
+        for one in finding.rows("differences"):
             if {revision_of.get(one.get("a")), revision_of.get(one.get("b"))} != set(revisions):
                 continue
             low, high = bounds(one.get("loss"))

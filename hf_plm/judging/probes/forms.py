@@ -68,8 +68,7 @@ def _cluster(found: Found, cells: list[str]) -> str:
 def by_protein(found: Found, lines: Lines, level: str | None, illegal: str) -> Raw:
     """A row for each protein. `level` is told by `level_of` where it is not given.
 
-    Raises `UserError` for labels of residues that are too few or too many, and for proteins with two labels or
-    sequences.
+    Raises `UserError` for labels of residues that are too few or too many, and for proteins with two labels.
     """
     column = found.label_column()
     name = found.head[column]
@@ -81,10 +80,12 @@ def by_protein(found: Found, lines: Lines, level: str | None, illegal: str) -> R
         raise UserError(f"{found.path} has no rows below its head.")
     told, note = (level, "") if level else level_of(found.path, name, [row for row, _ in kept])
     raw = Raw(told)
-    unique = _without_repeats(found, kept)
+    unique = _without_repeats(found, kept, raw.level == "protein")
     if repeats := len(kept) - len(unique):
         raw.notes.append(f"{repeats:,} of {len(kept):,} rows repeat an earlier one and are left out.")
     raw.notes += [note] if note else []
+    if shared := _shared_ids(found, unique):
+        raw.notes.append(f"{shared:,} ids stand for several sequences each; these are proteins that stay together.")
     for row, cells in unique:
         protein = raw.protein(found, row.line, cells, row.id, row.sequence)
         if raw.level == "protein":
@@ -98,29 +99,27 @@ def by_protein(found: Found, lines: Lines, level: str | None, illegal: str) -> R
     return raw
 
 
-def _without_repeats(found: Found, rows: list[tuple[Row, list[str]]]) -> list[tuple[Row, list[str]]]:
-    """Each protein once; without ids a protein is its sequence.
+def _without_repeats(found: Found, rows: list[tuple[Row, list[str]]], are_numbers: bool) -> list[tuple[Row, list[str]]]:
+    """Each protein once: an id and a sequence, or without ids a sequence.
 
     The same protein on two sides of a split is two proteins here, which the search for leaks then finds. Raises
-    `UserError` for a protein with two sequences, labels or clusters.
+    `UserError` for a protein with two labels or clusters; labels that `are_numbers` are compared as such.
     """
     kept = []
-    first: dict[tuple[str, str], tuple[Row, str]] = {}
+    first: dict[tuple[str, str, str], tuple[Row, str]] = {}
     for row, cells in rows:
         has_id = found.id is not None and cells[found.id]
         cluster = _cluster(found, cells)
         if is_missing(row.cell):
             kept.append((row, cells))
             continue
-        key = (row.id if has_id else f">{row.sequence}", _split(found, cells))
+        key = (row.id if has_id else "", row.sequence, _split(found, cells))
         before, in_cluster = first.setdefault(key, (row, cluster))
         if before is row:
             kept.append((row, cells))
             continue
         where, who = f"{found.path}, line {row.line}", row.id if has_id else "the same sequence"
-        if before.sequence != row.sequence:
-            raise UserError(f"{where}: {who} has another sequence than in line {before.line}; give each its own id.")
-        if _value(before.cell) != _value(row.cell):
+        if (_value(before.cell) != _value(row.cell)) if are_numbers else (before.cell != row.cell):
             raise UserError(
                 f"{where}: {who} has the label {row.cell[:20]!r}, and in line {before.line} {before.cell[:20]!r}; "
                 "leave one of the rows, or give each its own id."
@@ -128,6 +127,16 @@ def _without_repeats(found: Found, rows: list[tuple[Row, list[str]]]) -> list[tu
         if in_cluster != cluster:
             raise UserError(f"{where}: {who} is in cluster {cluster or 'none'}, and before in {in_cluster or 'none'}.")
     return kept
+
+
+def _shared_ids(found: Found, rows: list[tuple[Row, list[str]]]) -> int:
+    """How many ids have more than one sequence, as that of the parent of variants has."""
+    if found.id is None:
+        return 0
+    sequences: dict[str, set[str]] = {}
+    for row, _ in rows:
+        sequences.setdefault(row.id, set()).add(row.sequence)
+    return sum(len(one) > 1 for one in sequences.values())
 
 
 def _value(cell: str) -> float | str:

@@ -145,8 +145,8 @@ def _lacking(prepared: Prepared, present: np.ndarray) -> str:
     groups = {label: len(np.unique(prepared.groups_R[rows_r])) for label, rows_r in rows.items()}
     rare = min(groups, key=lambda label: groups[label])
     count = len(np.unique(task.proteins_R[rows[rare]]))
-    more = "the given split should have more of them on its train side"
-    if task.splits is None:
+    more = "the given split should have more of them on its train side" if task.splits else "there should be more"
+    if task.splits is None and rounds > 1:
         # So that each fold, and of the rest each part to choose settings by, is given one.
         enough = max(rounds, math.ceil(NUM_INNER * rounds / (rounds - 1)))
         more = f"for {rounds} folds {enough} unrelated ones are enough"

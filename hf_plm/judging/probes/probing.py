@@ -84,6 +84,11 @@ def check_out(out: Path, read: Iterable[Path | None]) -> None:
     check_writable(out / "findings.json")
 
 
+def check_predicted(path: Path, data: Path, folder: Path) -> None:
+    """The same for predictions by a predictor that is kept in `folder`, of the proteins `data`."""
+    keep_inputs([data, *(folder / name for name in OUTPUTS), *folder.glob("trees_*.txt"), *folder.glob("*.png")], path)
+
+
 @quiet()
 def run(model: Model, task: Task, options: Options, out: Path | None) -> dict[str, Any]:
     """Probes a model, keeps what `out` and the run's folder are for, prints the table. Returns the findings."""

@@ -259,10 +259,10 @@ def run_dms(
         rows = [_judge(assay, _scores_path(out, assay), method, model.limit) for assay in assays]
         plain = {"dms": name, "method": method, "missing": missing, **summarize(rows), "assays": rows}
         write_table(out / "summary.csv", list(rows[0]), [list(row.values()) for row in rows])
-    for path in (out / "findings.json", home(where, "dms", f"{name}-{method}")):
-        if path is not None:
-            write_findings(path, "dms", [model.facts], plain)
-            print(f"Kept in {path}")
+    paths = [path for path in (out / "findings.json", home(where, "dms", f"{name}-{method}")) if path is not None]
+    for path in paths:
+        write_findings(path, "dms", [model.facts], plain)
+    print("\n".join(f"Kept in {path}" for path in paths))
     return plain
 
 

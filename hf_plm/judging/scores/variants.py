@@ -95,7 +95,7 @@ def read_table(path: Path) -> Table:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
-        head = text.partition("\n")[0]
+        head = re.split(r"[\r\n]", text, maxsplit=1)[0]
         delimiter = "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         header = next(reader, [])
