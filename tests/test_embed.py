@@ -265,7 +265,8 @@ def test_a_run_killed_at_its_very_end_is_cleared_away(fasta, model, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
 
 
-@pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [2, 20])
 def test_random_kills_change_nothing(num_kills, model, tmp_path):
     num_proteins = 1600 if num_kills < 5 else 5000
     fasta = tmp_path / "many.fasta"

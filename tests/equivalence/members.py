@@ -57,7 +57,7 @@ BF16 = [
     Member("zero3_x2_bf16", "zero3", 2, precision="bf16"),
 ]
 NAMED = {member.name: member for member in [ONE, ONE_BF16, *SAME_BITS, *FP32, *BF16]}
-QUICK = {"one", "one_workers_2", "ddp_x2", "ddp_x3", "zero2_x2", "zero3_x2"}
+QUICK = {"one", "one_workers_2", "ddp_x2", "zero2_x2", "zero3_x2"}
 """What every `make test` runs; the others are marked slow."""
 
 TRANSITIONS = [
