@@ -260,4 +260,4 @@ def test_variants_may_share_the_id_of_their_parent(tmp_path):
     rows = "\n".join(f"P1 MK{letter}A {number / 7}" for number, letter in enumerate("ACDEFGHIKLMNPQRSTVWY"))
     task = read_task(written(tmp_path, f"protein sequence label\n{rows}\n"))
     assert (len(task), task.kind) == (20, "regression")
-    assert "1 ids stand for several sequences" in " ".join(task.notes)
+    assert "Ids that stand for several sequences: 1;" in " ".join(task.notes)

@@ -85,7 +85,7 @@ def by_protein(found: Found, lines: Lines, level: str | None, illegal: str) -> R
         raw.notes.append(f"{repeats:,} of {len(kept):,} rows repeat an earlier one and are left out.")
     raw.notes += [note] if note else []
     if shared := _shared_ids(found, unique):
-        raw.notes.append(f"{shared:,} ids stand for several sequences each; these are proteins that stay together.")
+        raw.notes.append(f"Ids that stand for several sequences: {shared:,}; these are proteins that stay together.")
     for row, cells in unique:
         protein = raw.protein(found, row.line, cells, row.id, row.sequence)
         if raw.level == "protein":
